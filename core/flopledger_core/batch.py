@@ -23,6 +23,7 @@ from flopledger_core.records import (
     GapRecord,
     Hex32,
     Hex64,
+    ImportedHours,
     Record,
     UnixMs,
     UsageRecord,
@@ -149,10 +150,9 @@ def batch_hash(header_bytes: bytes) -> str:
 
 def account_of(record: Record) -> str:
     """The account a record is posted to: its owner's account, or the project it speaks of."""
-    if isinstance(record, (UsageRecord, GapRecord)):
+    if isinstance(record, (UsageRecord, GapRecord, ImportedHours)):
         return record.owner.account
-    owner = getattr(record, "owner", None)
-    return owner.account if owner is not None else record.project  # type: ignore[union-attr,no-any-return]
+    return record.project
 
 
 def account_commitment(account_salt: str, account: str) -> str:
@@ -214,7 +214,7 @@ def make_manifest(
 
 
 def seal(header: BatchHeader, leaves: Sequence[Leaf], key: SigningKey) -> bytes:
-    """The batch's bytes: header, signature, leaves. The header must already commit to the leaves."""
+    """The batch's bytes: header, signature, leaves; the header already commits to the leaves."""
     if header.public_key != key.public_key:
         raise InvalidInput("public_key", header.public_key, "seal with the key the header names")
     header_bytes = msgspec.json.encode(header)
@@ -294,7 +294,9 @@ def _line_end(content: bytes, start: int, what: str) -> int:
     end = content.find(b"\n", start, start + LINE_BYTES_MAX)
     if end < 0:
         if len(content) - start >= LINE_BYTES_MAX:
-            raise WireError(what, f"{len(content) - start} bytes", f"a line has at most {LINE_BYTES_MAX} bytes")
+            raise WireError(
+                what, f"{len(content) - start} bytes", f"a line has at most {LINE_BYTES_MAX} bytes"
+            )
         raise Truncated(what, content[start : start + 40], "the bytes end inside it; send it whole")
     return end
 
@@ -330,7 +332,9 @@ def _require_name_commitment(leaf: Leaf, record: Record, index: int) -> None:
     if leaf.names is None:
         return  # erased, or nobody's
     if commitment != name_commitment(leaf.names.salt, "user", leaf.names.user):
-        raise WireError(f"leaf {index}.names", leaf.names.user, "it is not the name the record commits to")
+        raise WireError(
+            f"leaf {index}.names", leaf.names.user, "it is not the name the record commits to"
+        )
 
 
 def _require_commitments(batch: SealedBatch) -> None:

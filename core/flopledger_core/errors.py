@@ -1,18 +1,20 @@
 """The errors of the core, one small tree; each says what is wrong and what to do about it.
 
-    FlopLedgerError
-    ├── InvalidInput          a value from outside is not acceptable (names the field)
-    │   ├── WireError         bytes are not one batch in its one byte form
-    │   │   └── Truncated     the bytes end before the batch does
-    │   └── UnknownName       a name is not in a closed list
-    └── SignatureInvalid      the signature does not cover these bytes
+FlopLedgerError
+├── InvalidInput          a value from outside is not acceptable (names the field)
+│   ├── WireError         bytes are not one batch in its one byte form
+│   │   └── Truncated     the bytes end before the batch does
+│   └── UnknownName       a name is not in a closed list
+└── SignatureInvalid      the signature does not cover these bytes
 """
 
 from __future__ import annotations
 
 from typing import Final
 
-SHOWN_VALUE_MAX: Final = 120  # characters of a hostile value that an error repeats; more helps nobody
+SHOWN_VALUE_MAX: Final = (
+    120  # characters of a hostile value that an error repeats; more helps nobody
+)
 
 
 def shown(value: object) -> str:

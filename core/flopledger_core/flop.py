@@ -236,11 +236,13 @@ def _tensor_rates(architecture: Architecture, precision: str | None) -> tuple[_R
     floor = architecture.legacy_mma_floor_per_mille
     if precision is not None and precision in offered:
         rate = offered[precision]
-        return _Rates(low_numerator=rate * floor, low_denominator=1000, central=rate, high=rate), None
+        return _Rates(
+            low_numerator=rate * floor, low_denominator=1000, central=rate, high=rate
+        ), None
     reason = (
         "precision not declared; bounds span what the tensor pipe offers"
         if precision is None
-        else f"the tensor pipe does not run declared precision {precision}; bounds span what it does"
+        else f"the tensor pipe lacks declared precision {precision}; bounds span its own"
     )
     return (
         _Rates(
@@ -309,7 +311,9 @@ def _from_hours(sums: Mapping[str, int], accelerator: Accelerator, rates: _Rates
 
 
 def _declared(sums: Mapping[str, int]) -> Work:
-    if not any(sums.get(name) for name in ("declared_flop_low", "declared_flop", "declared_flop_high")):
+    if not any(
+        sums.get(name) for name in ("declared_flop_low", "declared_flop", "declared_flop_high")
+    ):
         return Work()
     return Work(
         flop=Bounds(

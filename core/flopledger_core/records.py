@@ -104,7 +104,12 @@ class Device(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
 
 class UsageRecord(
-    msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="usage", tag_field="kind"
+    msgspec.Struct,
+    frozen=True,
+    kw_only=True,
+    forbid_unknown_fields=True,
+    tag="usage",
+    tag_field="kind",
 ):
     """One measurement window of one device for one owner.
 
@@ -150,7 +155,12 @@ class UsageRecord(
 
 
 class GapRecord(
-    msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="gap", tag_field="kind"
+    msgspec.Struct,
+    frozen=True,
+    kw_only=True,
+    forbid_unknown_fields=True,
+    tag="gap",
+    tag_field="kind",
 ):
     """Device time that nobody metered, with the owner that held the device and the reason.
 
@@ -181,7 +191,12 @@ class GapRecord(
 
 
 class ProjectOpened(
-    msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="project", tag_field="kind"
+    msgspec.Struct,
+    frozen=True,
+    kw_only=True,
+    forbid_unknown_fields=True,
+    tag="project",
+    tag_field="kind",
 ):
     """A person opened a project: from here on it is known, and its usage is no longer flagged."""
 
@@ -234,7 +249,12 @@ class Declaration(
 
 
 class BudgetSet(
-    msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="budget", tag_field="kind"
+    msgspec.Struct,
+    frozen=True,
+    kw_only=True,
+    forbid_unknown_fields=True,
+    tag="budget",
+    tag_field="kind",
 ):
     """A threshold of one's own on a project; a later entry with the same name replaces it."""
 
@@ -252,7 +272,12 @@ class BudgetSet(
 
 
 class ImportedHours(
-    msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="hours", tag_field="kind"
+    msgspec.Struct,
+    frozen=True,
+    kw_only=True,
+    forbid_unknown_fields=True,
+    tag="hours",
+    tag_field="kind",
 ):
     """GPU time that a scheduler's record states; FLOP follows from a stated utilisation.
 

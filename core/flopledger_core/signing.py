@@ -51,8 +51,10 @@ class SigningKey:
             key = load_pem_private_key(pem, password=None)
         except (ValueError, TypeError) as error:
             raise InvalidInput(
-                "key file", str(error), "restore the key file from a backup, or remove it to "
-                "begin a new stream with a new key"
+                "key file",
+                str(error),
+                "restore the key file from a backup, or remove it to "
+                "begin a new stream with a new key",
             ) from error
         if not isinstance(key, Ed25519PrivateKey):
             raise InvalidInput("key file", type(key).__name__, "use an Ed25519 key")
@@ -60,9 +62,7 @@ class SigningKey:
 
     def to_pem(self) -> bytes:
         """The private key for a file that only its owner may read."""
-        return self._private.private_bytes(
-            Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()
-        )
+        return self._private.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
 
     def sign(self, content: bytes) -> str:
         """The base64 signature over exactly these bytes."""

@@ -21,7 +21,9 @@ HZ_PER_MHZ: Final = 1_000_000
 HZ_PER_KHZ: Final = 1_000
 
 INT64_MAX: Final = 2**63 - 1
-UNIX_MS_MAX: Final = 253_402_300_799_999  # 9999-12-31T23:59:59.999Z, the last instant ISO 8601 writes
+UNIX_MS_MAX: Final = (
+    253_402_300_799_999  # 9999-12-31T23:59:59.999Z, the last instant ISO 8601 writes
+)
 
 
 def floor_div(numerator: int, denominator: int) -> int:

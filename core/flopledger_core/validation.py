@@ -8,6 +8,7 @@ it out of central and low and keeps it in high until a later entry resolves it.
 from __future__ import annotations
 
 from collections import defaultdict
+from itertools import pairwise
 from typing import TYPE_CHECKING, Final
 
 import msgspec
@@ -120,7 +121,7 @@ def windows_do_not_overlap(batch: SealedBatch, table: AcceleratorTable) -> Itera
         members[record.device.key, *window].append(index)
     for device, spans in windows.items():
         ordered = sorted(spans)
-        for (start, end), (next_start, next_end) in zip(ordered, ordered[1:], strict=False):
+        for (start, end), (next_start, next_end) in pairwise(ordered):
             if next_start < end:
                 for index in members[device, next_start, next_end]:
                     yield Finding(

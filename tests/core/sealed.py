@@ -21,14 +21,12 @@ from flopledger_core.records import Attribution, Cycles, Device, Record, UsageRe
 from flopledger_core.signing import SigningKey
 
 KEY = SigningKey.from_seed(b"\x07" * 32)
-H100 = Device(
-    uuid="GPU-7a0e", name="NVIDIA H100 80GB HBM3", pci_device_id="2330", sm_count=132
-)
+H100 = Device(uuid="GPU-7a0e", name="NVIDIA H100 80GB HBM3", pci_device_id="2330", sm_count=132)
 MINUTE_MS = 60_000
 ELAPSED = 132 * 1_755_000_000 * 60
 
 
-def usage(**changes: Any) -> UsageRecord:
+def usage(**changes: Any) -> UsageRecord:  # noqa: ANN401 (any field, any value)
     """One minute of an H100 at 1,755 MHz, half its tensor pipe busy with BF16."""
     fields: dict[str, Any] = {
         "device": H100,
@@ -59,8 +57,10 @@ def usage(**changes: Any) -> UsageRecord:
     return UsageRecord(**(fields | changes))
 
 
-def sealed(
-    records: list[Record], users: list[str | None] | None = None, **changes: Any
+def sealed(  # any header field may be changed
+    records: list[Record],
+    users: list[str | None] | None = None,
+    **changes: Any,  # noqa: ANN401
 ) -> bytes:
     """A batch over `records`, signed by KEY; `changes` replace header fields before signing."""
     salts = Salts(

@@ -50,8 +50,10 @@ def test_table_has_the_models_of_the_first_release() -> None:
 
 def test_every_row_and_architecture_names_its_source() -> None:
     """No figure of the world without a source."""
-    for item in (*TABLE.accelerators, *TABLE.architectures.values()):
-        assert len(item.source) > 10
+    sources = [row.source for row in TABLE.accelerators]
+    sources += [architecture.source for architecture in TABLE.architectures.values()]
+
+    assert all(len(source) > 10 for source in sources)
 
 
 def test_pci_ids_and_names_are_unique() -> None:

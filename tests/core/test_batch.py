@@ -52,6 +52,12 @@ def test_a_name_can_be_erased_without_breaking_a_hash() -> None:
     assert b"alice" not in batch.content
 
 
+def checked(content: bytes) -> None:
+    """What a reader checks: the form, then the signature."""
+    batch = decode(content)
+    verify(KEY.public_key, batch.signature, batch.header_bytes)
+
+
 @given(st.data())
 def test_any_changed_byte_is_found(data: st.DataObject) -> None:
     """Flip any one byte: decoding or the signature refuses, except nothing else changes."""
@@ -61,8 +67,7 @@ def test_any_changed_byte_is_found(data: st.DataObject) -> None:
     content[position] ^= flip
 
     with pytest.raises(FlopLedgerError):
-        batch = decode(bytes(content))
-        verify(KEY.public_key, batch.signature, batch.header_bytes)
+        checked(bytes(content))
 
 
 @given(st.integers(0, len(HONEST) - 1))

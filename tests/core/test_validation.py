@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import msgspec
 import pytest
 
@@ -14,7 +16,7 @@ from tests.core.sealed import ELAPSED, sealed, usage
 TABLE = load_table()
 
 
-def codes(*records: Record, **header: object) -> list[str]:
+def codes(*records: Record, **header: Any) -> list[str]:  # noqa: ANN401 (header fields)
     """The codes of a batch's findings."""
     return [finding.code for finding in findings(decode(sealed(list(records), **header)), TABLE)]
 
@@ -70,7 +72,7 @@ def overlapping_windows() -> list[Record]:
     ],
 )
 def test_each_check_has_a_failing_fixture(
-    code: str, records: list[Record], header: dict[str, object]
+    code: str, records: list[Record], header: dict[str, Any]
 ) -> None:
     """Every check in the list can fail, by its own code."""
     assert code in codes(*records, **header)

@@ -1,0 +1,1 @@
+"""Who holds a device: from processes, tags and schedulers to owners."""

@@ -1,0 +1,154 @@
+"""The node's processes through psutil: who a pid is now, whose it is, and what tagged it.
+
+A process is a pid and a create time together, so a pid that the system gave away again is never
+taken for the old process. What is known of a process is kept while it lives; its create time is
+fixed at first sight, because it is told in wall time and would move when the clock steps. Of its
+environment only the variables of attribution are kept: the rest may hold secrets.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from typing import TYPE_CHECKING, Final, TypeVar
+
+import msgspec
+import psutil
+
+from flopledger_agent.attribution.interface import Process
+from flopledger_agent.attribution.tag_values import KEPT_VARIABLES
+
+if TYPE_CHECKING:
+    from flopledger_agent.attribution.interface import ProcessTable
+
+K = TypeVar("K")
+V = TypeVar("V")
+
+PROCESSES_MAX: Final = (
+    4096  # far more than any node has on its GPUs; bounds memory, not correctness
+)
+ANCESTORS_MAX: Final = 64  # deeper trees exist only by accident
+# A process keeps its pid when it executes another program, but not its environment: look again
+# after this many questions (a minute at one a second).
+QUESTIONS_PER_ENVIRONMENT: Final = 60
+
+
+class _Known:
+    """A process seen before."""
+
+    def __init__(self, handle: psutil.Process, process: Process) -> None:
+        self.handle = handle
+        self.process = process
+        self.questions = 0
+
+
+class PsutilProcessTable:
+    """The operating system's processes; usable from several threads."""
+
+    def __init__(self, processes_max: int = PROCESSES_MAX) -> None:
+        self._processes_max = processes_max
+        self._known: OrderedDict[int, _Known] = OrderedDict()
+        self._create_times: OrderedDict[psutil.Process, int] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def identify(self, pid: int) -> Process | None:
+        """The process now behind `pid`; None when it is gone."""
+        with self._lock:
+            known = self._known.get(pid)
+            if known is None or not known.handle.is_running():
+                self._known.pop(pid, None)
+                known = self._meet(pid)
+                if known is None:
+                    return None
+                self._known[pid] = known
+                _shorten(self._known, self._processes_max)
+            self._known.move_to_end(pid)
+            known.questions += 1
+            if known.questions % QUESTIONS_PER_ENVIRONMENT == 0:
+                _look_again(known)
+            return known.process
+
+    def _meet(self, pid: int) -> _Known | None:
+        try:
+            handle = psutil.Process(pid)
+            create_time_ms = self._create_time_ms(handle)
+        except psutil.NoSuchProcess:
+            return None
+        except (psutil.AccessDenied, ValueError, OverflowError):
+            return None  # hidden from us, or not a pid at all
+        environ, reason = _environment(handle)
+        process = Process(
+            pid=pid,
+            create_time_ms=create_time_ms,
+            user=_user(handle),
+            environ=environ,
+            ancestors=self._ancestors(handle),
+            reason=reason,
+        )
+        return _Known(handle, process)
+
+    def _create_time_ms(self, handle: psutil.Process) -> int:
+        create_time_ms = self._create_times.get(handle)
+        if create_time_ms is None:
+            create_time_ms = round(handle.create_time() * 1000)
+            self._create_times[handle] = create_time_ms
+            _shorten(self._create_times, 2 * self._processes_max)
+        self._create_times.move_to_end(handle)
+        return create_time_ms
+
+    def _ancestors(self, handle: psutil.Process) -> tuple[tuple[int, int], ...]:
+        ancestors: list[tuple[int, int]] = []
+        try:
+            parent = handle.parent()
+            while parent is not None and len(ancestors) < ANCESTORS_MAX:
+                ancestors.append((parent.pid, self._create_time_ms(parent)))
+                parent = parent.parent()
+        except psutil.Error:
+            pass  # an ancestor ended meanwhile: those below it are known
+        return tuple(ancestors)
+
+
+class CombinedProcessTable:
+    """Two tables as one; the first is asked first."""
+
+    def __init__(self, first: ProcessTable, second: ProcessTable) -> None:
+        self._first = first
+        self._second = second
+
+    def identify(self, pid: int) -> Process | None:
+        """The process now behind `pid`, wherever it is known."""
+        process = self._first.identify(pid)
+        return self._second.identify(pid) if process is None else process
+
+
+def _shorten(entries: OrderedDict[K, V], entries_max: int) -> None:
+    while len(entries) > entries_max:
+        entries.popitem(last=False)
+
+
+def _environment(handle: psutil.Process) -> tuple[dict[str, str] | None, str | None]:
+    try:
+        environ = handle.environ()
+    except psutil.AccessDenied:
+        return None, (
+            "no permission; give the agent CAP_SYS_PTRACE and CAP_DAC_READ_SEARCH, or start the "
+            "job with flopledger-agent tag"
+        )
+    except psutil.NoSuchProcess:  # a zombie's is gone too
+        return None, "the process is ending"
+    except (psutil.Error, OSError) as error:
+        return None, f"{type(error).__name__}"
+    return {name: environ[name] for name in KEPT_VARIABLES if name in environ}, None
+
+
+def _look_again(known: _Known) -> None:
+    environ, _reason = _environment(known.handle)
+    if environ is not None and environ != known.process.environ:
+        known.process = msgspec.structs.replace(known.process, environ=environ, reason=None)
+
+
+def _user(handle: psutil.Process) -> str | None:
+    try:
+        return handle.username()
+    except psutil.Error:
+        return None

@@ -1,0 +1,178 @@
+"""The agent's command line: run it, ask what it can see, tag a job, look into the spool.
+
+Reading commands take `--format table|json`. Exit status: 0 success, 1 a finding, 2 misuse or
+something that cannot be done; errors are one sentence on standard error.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import click
+import msgspec
+
+from flopledger_agent.config import AgentConfig, load_config, parse_config
+from flopledger_core import __version__
+from flopledger_core.errors import FlopLedgerError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+CONFIG_VARIABLE: Final = "FLOPLEDGER_AGENT_CONFIG"
+FORMATS: Final = click.Choice(["table", "json"])
+
+
+class _Program(click.Group):
+    """A group whose known errors become one sentence and exit status 2."""
+
+    def invoke(self, ctx: click.Context) -> Any:  # noqa: ANN401 (click's own signature)
+        """Run the command; a FlopLedgerError needs no traceback."""
+        try:
+            return super().invoke(ctx)
+        except FlopLedgerError as error:
+            click.echo(f"flopledger-agent: {error}", err=True)
+            ctx.exit(2)
+
+
+def _config_option(function: Callable[..., Any]) -> Callable[..., Any]:
+    return click.option(
+        "--config",
+        type=click.Path(dir_okay=False, path_type=Path),
+        envvar=CONFIG_VARIABLE,
+        show_envvar=True,
+        help="The agent's TOML file. Without it every default applies.",
+    )(function)
+
+
+@click.group(cls=_Program, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="flopledger-agent")
+def main() -> None:
+    r"""Meter the FLOP and energy of this node's GPUs, job by job.
+
+    \b
+    Start here:
+      flopledger-agent check                        what can I see on this node?
+      flopledger-agent run --config agent.toml      meter and ship
+      flopledger-agent tag --project atlas -- python train.py
+    """
+
+
+@main.command()
+@_config_option
+@click.option("--check-config", is_flag=True, help="Only check the configuration, then exit.")
+def run(config: Path | None, *, check_config: bool) -> None:
+    r"""Run the daemon until SIGTERM or Ctrl-C.
+
+    Every open measurement window is sealed before it ends. Example:
+
+    \b
+      flopledger-agent run --config /etc/flopledger/agent.toml
+    """
+    settings = _settings(config)
+    if check_config:
+        click.echo("the configuration is good")
+        return
+    logging.basicConfig(
+        level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr
+    )
+    from flopledger_agent import daemon  # noqa: PLC0415 (the driver is needed only here)
+
+    sys.exit(daemon.run(settings, lambda text: click.echo(text, err=True)))
+
+
+@main.command()
+@_config_option
+@click.option("--format", "form", type=FORMATS, default="table", show_default=True)
+def check(config: Path | None, form: str) -> None:
+    """Say what this node's agent can see: GPUs, counters and tier, owners, collector.
+
+    For everything that is not visible it names the remedy. Exits 1 when something is missing
+    without which nothing can be metered.
+    """
+    from flopledger_agent import inspection  # noqa: PLC0415 (loads the driver)
+
+    report = inspection.inspect(_settings(config))
+    if form == "json":
+        click.echo(msgspec.json.format(msgspec.json.encode(report), indent=2))
+    else:
+        for line in inspection.as_lines(report):
+            click.echo(line)
+    sys.exit(0 if report.can_meter else 1)
+
+
+@main.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
+@_config_option
+@click.option("--project", required=True, help="The project that is accounted.")
+@click.option("--model", help="The model that is being developed.")
+@click.option("--run", "run_id", help="The run, where a project has several.")
+@click.option("--activity", help="What kind of work: pretrain, sft, eval_capability, ...")
+@click.option("--precision", help="The precision of the matrix products: bf16, fp16, tf32, fp8 ...")
+@click.option("--socket", type=click.Path(path_type=Path), help="The agent's tag socket.")
+@click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED)
+def tag(
+    config: Path | None,
+    *,
+    project: str,
+    model: str | None,
+    run_id: str | None,
+    activity: str | None,
+    precision: str | None,
+    socket: Path | None,
+    command: tuple[str, ...],
+) -> None:
+    r"""Run COMMAND as work of a project; its exit status is COMMAND's.
+
+    Needs no privilege: the command registers itself with the agent on this node through a local
+    socket, and carries the same tags in its environment. If no agent answers, COMMAND runs all
+    the same. Example:
+
+    \b
+      flopledger-agent tag --project atlas --activity pretrain --precision bf16 -- python train.py
+    """
+    from flopledger_agent.attribution.tag_client import (  # noqa: PLC0415 (starts fast without it)
+        CommandNotStarted,
+        run_tagged,
+    )
+    from flopledger_agent.attribution.tag_values import Tags  # noqa: PLC0415
+
+    tags = Tags(project=project, model=model, run=run_id, activity=activity, precision=precision)
+    try:
+        run_tagged(
+            socket or Path(_settings(config).tags.socket),
+            tags,
+            command,
+            environ=os.environ,
+            warn=lambda text: click.echo(f"flopledger-agent: {text}", err=True),
+        )
+    except CommandNotStarted as error:
+        click.echo(f"flopledger-agent: {error}", err=True)
+        sys.exit(error.status)
+
+
+@main.command()
+@_config_option
+@click.option("--format", "form", type=FORMATS, default="table", show_default=True)
+def spool(config: Path | None, form: str) -> None:
+    """Show what waits for the collector: batches, bytes, age, quarantined files.
+
+    Exits 1 when files were quarantined. Works beside a running agent.
+    """
+    from flopledger_agent import inspection  # noqa: PLC0415
+
+    report = inspection.inspect_spool(_settings(config))
+    if form == "json":
+        click.echo(msgspec.json.format(msgspec.json.encode(report), indent=2))
+    else:
+        for line in inspection.spool_lines(report):
+            click.echo(line)
+    sys.exit(1 if report.quarantined else 0)
+
+
+def _settings(config: Path | None) -> AgentConfig:
+    if config is not None:
+        return load_config(config)
+    return parse_config("", "the defaults")

@@ -1,0 +1,66 @@
+"""The port through which the agent sees GPUs: one sample of every device per tick.
+
+Driver units are already converted here: cycles are integer SM-cycles summed over SMs, energy is in
+millijoules, clocks in kilohertz. What could not be read is None and `absent` says why; a source
+never raises because of one device and never fills in a zero.
+"""
+
+from __future__ import annotations
+
+from fractions import Fraction
+from typing import Protocol
+
+import msgspec
+
+from flopledger_core.records import Cycles, Device, Tier
+
+
+class GpuSample(msgspec.Struct, frozen=True, kw_only=True):
+    """One reading of one device at one instant.
+
+    `cycles` are cumulative counters (tier `gpm_cycles`). `utilization` are means over the time
+    since this device's previous sample, as exact ratios 0..1 by `Cycles` field name (tiers
+    `gpm_util`, `gpu_util`); a source gives one or the other, or neither with a reason.
+    `processes` None means that they could not be listed; an empty tuple means that none run.
+    """
+
+    device: Device
+    boot_ns: int
+    tier: Tier
+    cycles: Cycles | None
+    utilization: dict[str, Fraction] | None
+    sm_clock_khz: int | None
+    energy_mj: int | None
+    power_mw: int | None
+    processes: tuple[int, ...] | None
+    absent: dict[str, str]
+
+
+class DeviceFailure(msgspec.Struct, frozen=True, kw_only=True):
+    """A device that was expected and could not be sampled in this tick."""
+
+    device: Device
+    reason: str  # a stable word, e.g. gpu_is_lost, timeout, unknown_error
+
+
+class NodeSample(msgspec.Struct, frozen=True, kw_only=True):
+    """Every device of the node in one tick."""
+
+    boot_ns: int
+    unix_ns: int
+    samples: tuple[GpuSample, ...]
+    failures: tuple[DeviceFailure, ...]
+    driver: str | None  # driver version, None when the driver does not answer
+    failure: str | None  # why no device could be sampled at all
+
+
+class GpuSource(Protocol):
+    """Something that can sample the node's GPUs."""
+
+    def sample(self) -> NodeSample:
+        """One reading of every device; never raises for a device's sake."""
+        ...
+
+    def close(self) -> None:
+        """Let go of the driver."""
+        ...

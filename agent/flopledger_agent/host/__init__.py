@@ -1,0 +1,1 @@
+"""The node around the GPUs: its boot, its clock discipline."""

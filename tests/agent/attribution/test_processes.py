@@ -1,0 +1,126 @@
+"""A pid and a create time are a process; real ones are told from their successors."""
+
+from __future__ import annotations
+
+import getpass
+import os
+import sys
+
+import psutil
+import pytest
+
+from flopledger_agent.attribution.processes import CombinedProcessTable, PsutilProcessTable
+from tests.agent.attribution.people import FakeProcessTable, process, running, until
+
+
+def test_a_real_process_is_known_with_its_tags_and_ancestors() -> None:
+    """User, create time, the variables of attribution and nothing else of its environment."""
+    table = PsutilProcessTable()
+    tags = {"FLOPLEDGER_PROJECT": "atlas", "SLURM_JOB_ID": "17", "DATABASE_PASSWORD": "secret"}
+    with running(tags) as child:
+        until(lambda: (found := table.identify(child.pid)) and found.environ, "exec")
+        found = PsutilProcessTable().identify(child.pid)
+        assert found is not None
+        assert found.environ == {"FLOPLEDGER_PROJECT": "atlas", "SLURM_JOB_ID": "17"}
+        assert found.user == getpass.getuser()
+        ours = PsutilProcessTable().identify(os.getpid())
+        assert ours is not None
+        assert found.ancestors[0] == (os.getpid(), ours.create_time_ms)
+        assert found.create_time_ms >= ours.create_time_ms
+
+
+def test_a_process_that_ended_is_gone() -> None:
+    """Even though its pid was known."""
+    table = PsutilProcessTable()
+    with running() as child:
+        assert table.identify(child.pid) is not None
+    assert table.identify(child.pid) is None
+
+
+@pytest.mark.parametrize("pid", [0, -1, 2**22 + 5, 2**40, 2**70])
+def test_a_pid_of_nothing_is_nobody(pid: int) -> None:
+    """Whatever the driver says, identifying it never raises."""
+    found = PsutilProcessTable().identify(pid)
+    assert found is None
+
+
+def test_the_same_process_is_the_same_value_while_it_lives() -> None:
+    """Known processes cost no new reading, and judgements about them can be kept."""
+    table = PsutilProcessTable()
+    first = table.identify(os.getpid())
+    assert first is not None
+    assert table.identify(os.getpid()) is first
+
+
+def test_a_program_that_executes_another_shows_its_new_environment() -> None:
+    """The pid stays and the environment changes: it is looked at again."""
+    code = (
+        "import os, sys; sys.stdin.readline();"
+        "os.environ['FLOPLEDGER_PROJECT'] = 'after';"
+        "os.execv(sys.executable, [sys.executable, '-c', 'import sys; sys.stdin.read()'])"
+    )
+    table = PsutilProcessTable()
+    with running(command=(sys.executable, "-c", code)) as child:
+        before = table.identify(child.pid)
+        assert before is not None
+        assert child.stdin is not None
+        child.stdin.write(b"\n")
+        child.stdin.flush()
+        until(
+            lambda: (
+                (found := table.identify(child.pid))
+                and found.environ == {"FLOPLEDGER_PROJECT": "after"}
+            ),
+            "the environment of the second program",
+        )
+        after = table.identify(child.pid)
+        assert after is not None
+        assert after.create_time_ms == before.create_time_ms
+
+
+def test_the_create_time_survives_a_step_of_the_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wall time moves; the process does not become another one, nor its children orphans."""
+    table = PsutilProcessTable()
+    before = table.identify(os.getpid())
+    assert before is not None
+    with running() as child:
+        real = psutil.Process.create_time
+        monkeypatch.setattr(psutil.Process, "create_time", lambda self: real(self) + 3600)
+        after = table.identify(os.getpid())
+        assert after == before
+        young = table.identify(child.pid)
+        assert young is not None
+        assert young.ancestors[0] == (os.getpid(), before.create_time_ms)
+
+
+def test_memory_is_bounded() -> None:
+    """A node that starts processes all day long fills nothing."""
+    table = PsutilProcessTable(processes_max=2)
+    for pid in (os.getpid(), os.getppid(), 1):
+        table.identify(pid)
+    assert len(table._known) == 2
+    assert len(table._create_times) <= 4
+
+
+def test_an_unreadable_environment_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No permission is not an empty environment."""
+
+    def denied(_self: object) -> dict[str, str]:
+        raise psutil.AccessDenied
+
+    monkeypatch.setattr(psutil.Process, "environ", denied)
+    found = PsutilProcessTable().identify(os.getpid())
+    assert found is not None
+    assert found.environ is None
+    assert found.reason is not None
+    assert "CAP_SYS_PTRACE" in found.reason
+
+
+def test_two_tables_are_asked_in_order() -> None:
+    """The first one's answer counts."""
+    first, second = process(1, user="first"), process(1, user="second")
+    other = process(2)
+    table = CombinedProcessTable(FakeProcessTable(first), FakeProcessTable(second, other))
+    assert table.identify(1) is first
+    assert table.identify(2) is other
+    assert table.identify(3) is None

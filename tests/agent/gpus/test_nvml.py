@@ -1,0 +1,165 @@
+"""What the source reads through the real pynvml equals what the simulated driver knows."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+
+import pytest
+
+from flopledger_core.records import Cycles
+from tests.agent.gpus.nodes import PHASE, node, scenario
+
+
+@pytest.mark.parametrize("scale", ["sum", "mean"])
+def test_cycles_and_energy_equal_the_truth(scale: str) -> None:
+    """Whatever the counters count, the difference of two samples is the exact work between them."""
+    with node(scenario(f'cycle_scale = "{scale}"')) as it:
+        first = it.warm().samples[0]
+        it.tick(7.5)
+        last = it.tick(0.25).samples[0]
+        truth = it.driver.truth_between(first.boot_ns, last.boot_ns).gpus[0].whole
+        assert last.tier == "gpm_cycles"
+        tolerance = 0 if scale == "sum" else 132  # a mean counter hides part cycles of every SM
+        for field, true in {"elapsed": truth.elapsed_cycles, **truth.active_cycles}.items():
+            counted = getattr(last.cycles, field) - getattr(first.cycles, field)
+            assert abs(counted - true) <= tolerance, field
+        assert (last.energy_mj or 0) - (first.energy_mj or 0) == truth.energy_mj
+
+
+def test_the_first_sample_has_cycles_already() -> None:
+    """A device is held back until the scale is certain, so that dark time can be bridged."""
+    with node() as it:
+        first = it.source.sample()
+        assert first.samples == ()
+        assert [failure.reason for failure in first.failures] == ["warming_up"]
+        assert it.tick().samples[0].tier == "gpm_cycles"
+
+
+def test_percentages_are_exact_means_since_the_delivered_sample() -> None:
+    """An R580 driver has no cycle counters; its percentages cover whole intervals."""
+    two = PHASE.replace("1000.0", "2.0") + PHASE.replace("0.55", "0.35")
+    with node(scenario(phase=two, head='driver_version = "580.65.06"')) as it:
+        first = it.source.sample().samples[0]
+        assert (first.tier, first.utilization) == ("gpm_util", None)
+        assert first.absent["utilization"] == "first_reading"
+        sample = it.tick(4.0).samples[0]
+        assert sample.utilization is not None
+        assert abs(sample.utilization["hmma"] - Fraction(45, 100)) < Fraction(1, 10**12)
+        assert sample.cycles is None
+        assert sample.absent["cycles"] == "driver_lacks_cycle_counters"
+
+
+def test_a_device_without_gpm_shows_coarse_activity() -> None:
+    """utilization.gpu as an upper bound, and why it is no better."""
+    with node(scenario(model="NVIDIA A100-SXM4-80GB")) as it:
+        sample = it.warm().samples[0]
+        assert sample.tier == "gpu_util"
+        assert sample.utilization is not None
+        assert set(sample.utilization) == {"sm_active"}
+        assert 0 < sample.utilization["sm_active"] <= 1
+        assert sample.absent["cycles"] == "gpm_not_supported"
+
+
+def test_nothing_about_activity_is_the_tier_none() -> None:
+    """Energy and time are still metered."""
+    text = scenario(
+        '[[gpus.faults]]\nkind = "error"\ncode = 3\nfunctions = ["nvmlDeviceGetUtilizationRates"]',
+        model="NVIDIA A100-SXM4-80GB",
+        phase="",
+    )
+    with node(text) as it:
+        sample = it.warm().samples[0]
+        assert (sample.tier, sample.utilization, sample.cycles) == ("none", None, None)
+        assert sample.absent["utilization"] == "not_supported"
+        assert sample.energy_mj is not None
+
+
+def test_units_identity_and_processes() -> None:
+    """kHz, mW, mJ; four hex digits; SMs from the core count; pids sorted."""
+    with node() as it:
+        tick = it.warm()
+        sample = tick.samples[0]
+        assert (sample.sm_clock_khz, sample.power_mw) == (1_755_000, 612_500)
+        assert sample.device.name == "NVIDIA H100 80GB HBM3"
+        assert (sample.device.pci_device_id, sample.device.sm_count) == ("2330", 132)
+        assert sample.processes == (4242,)
+        assert sample.absent == {}
+        assert (tick.driver, tick.failure) == ("595.71.05", None)
+        assert tick.boot_ns == it.clock.boottime_ns()
+
+
+def test_an_idle_device_has_no_processes() -> None:
+    """An empty list is not an unreadable one."""
+    with node(scenario(phase="")) as it:
+        assert it.warm().samples[0].processes == ()
+
+
+def test_a_device_the_table_lacks_is_metered_without_its_sm_count_if_need_be() -> None:
+    """The compute capability still gives the SMs; without any of it they are absent."""
+    text = scenario(
+        "compute_capability = '9.0'\nsm_count = 78\nmax_sm_clock_mhz = 1980\n"
+        "power_limit_watts = 500\nmemory_mib = 98304\npci_device_id = '2329'",
+        model="NVIDIA H20",
+    )
+    with node(text) as it:
+        assert it.warm().samples[0].device.sm_count == 78
+
+
+def test_fields_stay_absent_on_a_driver_without_the_function() -> None:
+    """An older driver lacks functions; each costs its own field only."""
+    functions = '["nvmlDeviceGetTotalEnergyConsumption", "nvmlGpmQueryDeviceSupport"]'
+    with node(scenario(head=f"missing_functions = {functions}")) as it:
+        sample = it.warm().samples[0]
+        assert sample.energy_mj is None
+        assert sample.absent["energy_mj"] == "function_not_found"
+        assert sample.absent["cycles"] == "function_not_found"
+        assert sample.tier == "gpu_util"
+
+
+def test_processes_fall_back_to_the_older_call() -> None:
+    """Drivers before R510 have only version 2."""
+    with node(
+        scenario(head='missing_functions = ["nvmlDeviceGetComputeRunningProcesses_v3"]')
+    ) as it:
+        assert it.warm().samples[0].processes == (4242,)
+
+
+def test_no_driver_library_is_a_reason_and_not_an_exception() -> None:
+    """A node without NVIDIA software runs the agent all the same."""
+    fault = '[[faults]]\nkind = "error"\ncode = 12\nfunctions = ["nvmlInitWithFlags"]'
+    with node(scenario(head=fault)) as it:
+        tick = it.source.sample()
+        assert (tick.samples, tick.failures, tick.failure) == ((), (), "nvml_not_found")
+        assert tick.driver is None
+
+
+def test_after_close_nothing_is_read() -> None:
+    """Closing twice is harmless, sampling afterwards says so."""
+    with node() as it:
+        it.warm()
+        it.source.close()
+        it.source.close()
+        tick = it.tick()
+        assert (tick.samples, tick.failure) == ((), "closed")
+        assert [failure.reason for failure in tick.failures] == ["closed"]
+        assert it.driver.gpm_samples == {}
+
+
+def test_cycle_counters_are_whole_numbers() -> None:
+    """Doubles of the driver become integers once, here."""
+    with node() as it:
+        cycles = it.warm().samples[0].cycles
+        assert isinstance(cycles, Cycles)
+        assert all(isinstance(value, int) for value in cycles.as_dict().values())
+
+
+def test_a_scale_that_stays_unclear_holds_nothing_back_for_long() -> None:
+    """After a few readings the device is metered by its percentages instead."""
+    with node(scenario("sm_count = 8")) as it:
+        for _ in range(3):
+            assert [failure.reason for failure in it.tick().failures] == ["warming_up"]
+        it.tick()
+        sample = it.tick().samples[0]
+        assert sample.tier == "gpm_util"
+        assert sample.utilization is not None
+        assert sample.absent["cycles"] == "scale_undetermined"

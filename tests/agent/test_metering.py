@@ -1,0 +1,268 @@
+"""Metering conserves time and counts, splits by rule, and never fills darkness with numbers."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+import msgspec
+from hypothesis import given
+from hypothesis import strategies as st
+
+from flopledger_agent.metering import (
+    MeterState,
+    close_windows,
+    empty_state,
+    is_due,
+    observe,
+    records_of,
+    resume,
+    shares,
+)
+from flopledger_core.records import GapRecord, UsageRecord
+from tests.agent.sampling import GPU, SECOND_NS, UNIX_NS, claim, cycles, node, sample
+
+if TYPE_CHECKING:
+    from flopledger_agent.attribution.interface import Claim
+    from flopledger_agent.gpus.interface import GpuSample
+
+ATLAS, BIRCH, IDLE = claim("atlas"), claim("birch"), claim()
+
+
+def run(ticks: list[tuple[int, GpuSample, tuple[Claim, ...]]], step_ns: int = 0) -> MeterState:
+    """Feed ticks of one device and close."""
+    state = empty_state("boot-1")
+    for at_ns, reading, owners in ticks:
+        state, _ = observe(
+            state, node(at_ns, reading, step_ns=step_ns), {GPU.key: owners}, tick_ns=SECOND_NS
+        )
+    return close_windows(state)
+
+
+def usage_of(state: MeterState) -> list[UsageRecord]:
+    """The usage records that closed."""
+    return [record for record in records_of(state.closed) if isinstance(record, UsageRecord)]
+
+
+def test_two_samples_make_one_record() -> None:
+    """The record is the difference of the counters, owned by whoever is seen."""
+    state = run([
+        (0, sample(0, cycles(1000, 100), 5_000), (ATLAS,)),
+        (SECOND_NS, sample(SECOND_NS, cycles(3000, 900), 5_700), (ATLAS,)),
+    ])  # fmt: skip
+    (record,) = usage_of(state)
+
+    assert record.cycles == cycles(2000, 800)
+    assert record.energy_mj == 700
+    assert record.energy_counter_mj == 5_700
+    assert (record.gpu_time_ms, record.window_ms, record.wall_time_ms) == (1000, 1000, 1000)
+    assert record.owner.project == "atlas"
+    assert record.cycles_origin == "measured"
+    assert record.start_unix_ms == UNIX_NS // 1_000_000
+
+
+def test_windows_split_where_owners_change() -> None:
+    """A job that starts is metered from the sample before it was first seen."""
+    second = SECOND_NS
+    state = run([
+        (0, sample(0, cycles(0), 0), (IDLE,)),
+        (second, sample(second, cycles(10), 1), (IDLE,)),
+        (2 * second, sample(2 * second, cycles(30), 4), (ATLAS,)),
+        (3 * second, sample(3 * second, cycles(60), 9), (ATLAS,)),
+    ])  # fmt: skip
+    idle, atlas = usage_of(state)
+
+    assert (idle.owner.kind, idle.cycles.elapsed, idle.energy_mj) == ("idle", 10, 1)
+    assert (atlas.owner.project, atlas.cycles.elapsed, atlas.energy_mj) == ("atlas", 50, 8)
+    assert idle.end_boot_ms == atlas.start_boot_ms
+
+
+@given(st.integers(0, 10**18), st.lists(st.integers(1, 1000), min_size=1, max_size=9))
+def test_shares_sum_to_the_whole(total: int, weights: list[int]) -> None:
+    """The remainder rule loses nothing and favours nobody by more than one unit."""
+    parts = shares(total, weights)
+
+    assert sum(parts) == total
+    for part, weight in zip(parts, weights, strict=True):
+        assert abs(part - Fraction(total * weight, sum(weights))) < 1
+
+
+def test_a_shared_device_is_split_once_and_flagged() -> None:
+    """Three owners of one device: the parts sum to the device, every one flagged."""
+    owners = (ATLAS, BIRCH, claim("cedar"))
+    state = run([
+        (0, sample(0, cycles(0), 0), owners),
+        (SECOND_NS, sample(SECOND_NS, cycles(1000, 500), 100), owners),
+    ])  # fmt: skip
+    records = usage_of(state)
+
+    assert sum(record.gpu_time_ms for record in records) == 1000
+    assert sum(record.cycles.any_tensor or 0 for record in records) == 500
+    assert sum(record.energy_mj or 0 for record in records) == 100
+    assert all("shared" in record.flags for record in records)
+    assert {record.attribution.sharers for record in records} == {3}
+
+
+def test_a_restarted_counter_gives_an_absent_quantity() -> None:
+    """No negative, no guess: the slice has no energy and says why; the next one has again."""
+    second = SECOND_NS
+    state = run([
+        (0, sample(0, cycles(0), 900), (ATLAS,)),
+        (second, sample(second, cycles(10), 20), (ATLAS,)),
+        (2 * second, sample(2 * second, cycles(20), 50), (ATLAS,)),
+    ])  # fmt: skip
+    reset, after = usage_of(state)
+
+    assert reset.energy_mj is None
+    assert "restarted" in reset.absent["energy"]
+    assert "counter_reset" in reset.flags
+    assert reset.cycles.elapsed == 10
+    assert after.energy_mj == 30
+    assert "counter_reset" not in after.flags
+
+
+def test_absent_counters_never_read_as_zero() -> None:
+    """A device that answers nothing leaves a gap, not a record of zeros."""
+    state = run([
+        (0, sample(0, None, None, absent={"energy": "not supported"}), (ATLAS,)),
+        (SECOND_NS, sample(SECOND_NS, None, None, absent={"energy": "not supported"}), (ATLAS,)),
+    ])  # fmt: skip
+    (gap,) = records_of(state.closed)
+
+    assert isinstance(gap, GapRecord)
+    assert gap.gap_ms == 1000
+    assert gap.owner.project == "atlas"
+
+
+def test_dark_time_is_bridged_flagged_and_nobodys() -> None:
+    """After a long silence cumulative counters bridge it as one recovered record."""
+    later = 600 * SECOND_NS
+    state = run([
+        (0, sample(0, cycles(0), 0), (ATLAS,)),
+        (SECOND_NS, sample(SECOND_NS, cycles(10), 10), (ATLAS,)),
+        (later, sample(later, cycles(6000), 6000), (ATLAS,)),
+    ])  # fmt: skip
+    _, dark = usage_of(state)
+
+    assert dark.flags == ("recovered",)
+    assert dark.owner.kind == "unattributed"
+    assert (dark.cycles.elapsed, dark.energy_mj) == (5990, 5990)
+    assert dark.gpu_time_ms == 599_000
+
+
+def test_a_reboot_leaves_a_gap_from_the_last_reading() -> None:
+    """Counters of another boot bridge nothing."""
+    state = empty_state("boot-1")
+    state, _ = observe(
+        state, node(0, sample(0, cycles(0), 0)), {GPU.key: (ATLAS,)}, tick_ns=SECOND_NS
+    )
+    resumed = resume(state, "boot-2", UNIX_NS + 90 * SECOND_NS)
+    (gap,) = records_of(resumed.closed)
+
+    assert isinstance(gap, GapRecord)
+    assert gap.gap_ms == 90_000
+    assert gap.start_boot_ms is None
+    assert resumed.devices == {}
+
+
+def test_a_wall_clock_step_is_flagged_and_durations_keep() -> None:
+    """The calendar moves by an hour; the window still lasts one second."""
+    state = empty_state("boot-1")
+    for at_ns, step_ns in ((0, 0), (SECOND_NS, 3600 * SECOND_NS)):
+        state, _ = observe(
+            state,
+            node(at_ns, sample(at_ns, cycles(at_ns), at_ns), step_ns=step_ns),
+            {GPU.key: (ATLAS,)},
+            tick_ns=SECOND_NS,
+        )
+    (record,) = usage_of(close_windows(state))
+
+    assert record.flags == ("clock_stepped",)
+    assert record.gpu_time_ms == 1000
+
+
+def test_windows_are_due_when_their_minute_is_over() -> None:
+    """Windows close at UTC minutes, or at tens of minutes when the spool fills."""
+    state = empty_state("boot-1")
+    for at_ns in (0, SECOND_NS):
+        state, _ = observe(
+            state,
+            node(at_ns, sample(at_ns, cycles(at_ns), at_ns)),
+            {GPU.key: (ATLAS,)},
+            tick_ns=SECOND_NS,
+        )
+
+    assert not is_due(state, UNIX_NS + 59 * SECOND_NS, 1)
+    assert is_due(state, UNIX_NS + 60 * SECOND_NS, 1)
+    assert not is_due(state, UNIX_NS + 60 * SECOND_NS, 10)
+
+
+def test_state_survives_its_file() -> None:
+    """What is persisted each tick comes back equal."""
+    state = run([
+        (0, sample(0, cycles(0), 0), (ATLAS, BIRCH)),
+        (SECOND_NS, sample(SECOND_NS, cycles(7), 7), (ATLAS, BIRCH)),
+    ])  # fmt: skip
+
+    assert msgspec.json.decode(msgspec.json.encode(state), type=MeterState) == state
+
+
+@st.composite
+def histories(draw: st.DrawFn) -> list[tuple[int, GpuSample, tuple[Claim, ...]]]:
+    """Random ticks: owners come and go, counters run, vanish and restart, samples are missed."""
+    at_ns, elapsed, energy = 0, 0, 0
+    ticks = []
+    for _ in range(draw(st.integers(2, 25))):
+        owners = draw(st.sampled_from([
+            (IDLE,), (ATLAS,), (BIRCH,), (ATLAS, BIRCH),
+            (claim("atlas", 3), claim("birch"), claim("cedar", 2)),
+        ]))  # fmt: skip
+        has_cycles, has_energy = draw(st.booleans()), draw(st.booleans())
+        ticks.append((
+            at_ns,
+            sample(at_ns, cycles(elapsed, elapsed // 3) if has_cycles else None,
+                   energy if has_energy else None),
+            owners,
+        ))  # fmt: skip
+        at_ns += draw(st.sampled_from([SECOND_NS, SECOND_NS, 1_003_000_017, 61 * SECOND_NS]))
+        restarted = draw(st.integers(0, 9)) == 0
+        elapsed = 0 if restarted else elapsed + draw(st.integers(0, 10**12))
+        energy = 0 if restarted else energy + draw(st.integers(0, 10**6))
+    return ticks
+
+
+@given(histories())
+def test_time_is_conserved_whatever_happens(
+    ticks: list[tuple[int, GpuSample, tuple[Claim, ...]]],
+) -> None:
+    """Per device: windows and gaps tile from first to last sample, shares sum to each window."""
+    records = records_of(run(ticks).closed)
+    spans: dict[tuple[int, int], int] = {}
+    for record in records:
+        if isinstance(record, UsageRecord):
+            span = (record.start_boot_ms, record.end_boot_ms)
+            spans[span] = spans.get(span, 0) + record.gpu_time_ms
+        else:
+            assert record.start_boot_ms is not None
+            spans[record.start_boot_ms, record.start_boot_ms + record.gap_ms] = record.gap_ms
+    ordered = sorted(spans)
+
+    assert ordered[0][0] == ticks[0][1].boot_ns // 1_000_000
+    assert ordered[-1][1] == ticks[-1][1].boot_ns // 1_000_000
+    assert all(left[1] == right[0] for left, right in pairwise(ordered))
+    assert all(time == end - start for (start, end), time in spans.items())
+
+
+@given(histories())
+def test_counts_are_conserved_whatever_happens(
+    ticks: list[tuple[int, GpuSample, tuple[Claim, ...]]],
+) -> None:
+    """Energy over all records is exactly what the counter counted between readable readings."""
+    state = run(ticks)
+    expected = 0
+    for (_, before, _), (_, after, _) in pairwise(ticks):
+        if before.energy_mj is not None and after.energy_mj is not None:
+            expected += max(0, after.energy_mj - before.energy_mj)
+
+    assert sum(record.energy_mj or 0 for record in usage_of(state)) == expected
