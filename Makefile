@@ -29,7 +29,7 @@ ARGS ?=
 
 .PHONY: help demo test lint bench format constraints clean
 help:
-	@sed -n 's/^# \{0,1\}//p' Makefile | sed -n '1,8p'
+	@sed -n 's/^# \{0,1\}//p' Makefile | sed -n '1,7p'
 
 demo: $(VENV)/.runtime
 	@exec $(VENV)/bin/flopledger demo $(if $(SECONDS),--seconds $(SECONDS))
@@ -38,11 +38,12 @@ test: $(VENV)/.development
 	@exec $(RUN) -m pytest $(ARGS)
 
 lint: $(VENV)/.development
-	$(RUN) -m ruff check .
-	$(RUN) -m ruff format --check .
-	$(RUN) -m mypy
-	$(RUN) -m pyright
-	$(VENV)/bin/lint-imports
+	@failed=''; \
+	for check in 'ruff check --quiet .' 'ruff format --quiet --check .' mypy pyright; do \
+	  echo "lint: $$check"; $(RUN) -m $$check || failed="$$failed $${check%% *}"; \
+	done; \
+	echo "lint: import contracts"; $(VENV)/bin/lint-imports --no-logo || failed="$$failed lint-imports"; \
+	if test -n "$$failed"; then echo "lint: failed:$$failed" >&2; exit 1; fi
 
 bench: $(VENV)/.development
 	@exec $(RUN) -m benchmarks $(ARGS)

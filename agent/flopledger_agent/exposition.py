@@ -205,7 +205,7 @@ class AgentExposition:
         sealed = CounterMetricFamily(
             "flopledger_agent_sealed_batches", "Batches sealed since the agent started."
         )
-        sealed.add_metric([], view.sealed)
+        sealed.add_metric([], view.sealed_batches)
         yield sealed
         window = GaugeMetricFamily(
             "flopledger_agent_window_seconds",

@@ -49,7 +49,7 @@ class View(msgspec.Struct, frozen=True, kw_only=True):
     stream_id: str
     next_sequence: int
     ledger_id: str | None
-    sealed: int
+    sealed_batches: int
     window_minutes: int
     last_error: str | None
 
@@ -193,7 +193,7 @@ class AgentLoop:
             stream_id=self._memory.stream_id,
             next_sequence=self._memory.next_sequence,
             ledger_id=self._memory.ledger_id,
-            sealed=self._sealed,
+            sealed_batches=self._sealed,
             window_minutes=self._spool.window_minutes(),
             last_error=self._last_error,
         )

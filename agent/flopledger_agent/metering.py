@@ -222,6 +222,8 @@ def shares(total: int, weights: Sequence[int]) -> list[int]:
     The fixed rule for remainders: part i ends where the rounded-down share of all parts up to i
     ends, so no part is off by more than one unit.
     """
+    if len(weights) == 1:
+        return [total]
     whole = sum(weights)
     parts: list[int] = []
     reached, before = 0, 0

@@ -15,7 +15,6 @@ import msgspec
 
 from flopledger_agent.metering import MICRO, shares
 from flopledger_core.records import Cycles
-from flopledger_core.units import NS_PER_MS
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -91,12 +90,10 @@ class Meters:
             self._dark_ns[piece.device, piece.absent.get("cycles", "unknown")] += span_ns
         if piece.energy_mj is not None:
             self._energy_mj[piece.device] += piece.energy_mj
+        works = [
+            self._micro[WorkKey(device=piece.device, tier=piece.tier, precision=claim.precision)]
+            for claim in piece.claims
+        ]
         for name, amount in piece.micro_cycles.items():
-            for claim, part in zip(piece.claims, shares(amount, weights), strict=True):
-                key = WorkKey(device=piece.device, tier=piece.tier, precision=claim.precision)
-                self._micro[key][name] += part
-
-
-def milliseconds(time_ns: int) -> int:
-    """Whole milliseconds of a running nanosecond counter."""
-    return time_ns // NS_PER_MS
+            for sums, part in zip(works, shares(amount, weights), strict=True):
+                sums[name] += part

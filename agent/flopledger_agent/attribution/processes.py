@@ -8,9 +8,11 @@ environment only the variables of attribution are kept: the rest may hold secret
 
 from __future__ import annotations
 
+import os
+import select
 import threading
 from collections import OrderedDict
-from typing import TYPE_CHECKING, Final, TypeVar
+from typing import TYPE_CHECKING, Final
 
 import msgspec
 import psutil
@@ -21,12 +23,10 @@ from flopledger_agent.attribution.tag_values import KEPT_VARIABLES
 if TYPE_CHECKING:
     from flopledger_agent.attribution.interface import ProcessTable
 
-K = TypeVar("K")
-V = TypeVar("V")
-
 PROCESSES_MAX: Final = (
     4096  # far more than any node has on its GPUs; bounds memory, not correctness
 )
+WATCHED_MAX: Final = 256  # file descriptors spent on known processes; the rest are asked of psutil
 ANCESTORS_MAX: Final = 64  # deeper trees exist only by accident
 # A process keeps its pid when it executes another program, but not its environment: look again
 # after this many questions (a minute at one a second).
@@ -34,12 +34,39 @@ QUESTIONS_PER_ENVIRONMENT: Final = 60
 
 
 class _Known:
-    """A process seen before."""
+    """A process seen before.
 
-    def __init__(self, handle: psutil.Process, process: Process) -> None:
+    The kernel's own handle of a process (a pidfd) tells in a microsecond that it still lives; where
+    there is none, or it says otherwise, psutil compares create times.
+    """
+
+    def __init__(self, handle: psutil.Process, process: Process, *, watch: bool) -> None:
         self.handle = handle
         self.process = process
         self.questions = 0
+        self._pidfd = _pidfd(process.pid) if watch else None
+        self._poll = select.poll()
+        if self._pidfd is not None:
+            self._poll.register(self._pidfd, select.POLLIN)
+            if not handle.is_running():  # it ended before the pidfd was made, whose is that then?
+                self.forget()
+
+    @property
+    def watched(self) -> bool:
+        """Whether it holds a file descriptor."""
+        return self._pidfd is not None
+
+    def lives(self) -> bool:
+        """Whether the pid is still this process."""
+        if self._pidfd is not None and not self._poll.poll(0):
+            return True
+        return bool(self.handle.is_running())
+
+    def forget(self) -> None:
+        """Give the file descriptor back."""
+        pidfd, self._pidfd = self._pidfd, None
+        if pidfd is not None:
+            os.close(pidfd)
 
 
 class PsutilProcessTable:
@@ -49,24 +76,34 @@ class PsutilProcessTable:
         self._processes_max = processes_max
         self._known: OrderedDict[int, _Known] = OrderedDict()
         self._create_times: OrderedDict[psutil.Process, int] = OrderedDict()
+        self._watched = 0
         self._lock = threading.Lock()
 
     def identify(self, pid: int) -> Process | None:
         """The process now behind `pid`; None when it is gone."""
         with self._lock:
             known = self._known.get(pid)
-            if known is None or not known.handle.is_running():
-                self._known.pop(pid, None)
+            if known is not None and not known.lives():
+                self._drop(pid)
+                known = None
+            if known is None:
                 known = self._meet(pid)
                 if known is None:
                     return None
                 self._known[pid] = known
-                _shorten(self._known, self._processes_max)
+                self._watched += known.watched
+                while len(self._known) > self._processes_max:
+                    self._drop(next(iter(self._known)))
             self._known.move_to_end(pid)
             known.questions += 1
             if known.questions % QUESTIONS_PER_ENVIRONMENT == 0:
                 _look_again(known)
             return known.process
+
+    def _drop(self, pid: int) -> None:
+        known = self._known.pop(pid)
+        self._watched -= known.watched
+        known.forget()
 
     def _meet(self, pid: int) -> _Known | None:
         try:
@@ -85,14 +122,15 @@ class PsutilProcessTable:
             ancestors=self._ancestors(handle),
             reason=reason,
         )
-        return _Known(handle, process)
+        return _Known(handle, process, watch=self._watched < WATCHED_MAX)
 
     def _create_time_ms(self, handle: psutil.Process) -> int:
         create_time_ms = self._create_times.get(handle)
         if create_time_ms is None:
             create_time_ms = round(handle.create_time() * 1000)
             self._create_times[handle] = create_time_ms
-            _shorten(self._create_times, 2 * self._processes_max)
+            while len(self._create_times) > 2 * self._processes_max:
+                self._create_times.popitem(last=False)
         self._create_times.move_to_end(handle)
         return create_time_ms
 
@@ -121,9 +159,11 @@ class CombinedProcessTable:
         return self._second.identify(pid) if process is None else process
 
 
-def _shorten(entries: OrderedDict[K, V], entries_max: int) -> None:
-    while len(entries) > entries_max:
-        entries.popitem(last=False)
+def _pidfd(pid: int) -> int | None:
+    try:
+        return os.pidfd_open(pid)
+    except OSError:  # an older kernel, no descriptors left, or it ended
+        return None
 
 
 def _environment(handle: psutil.Process) -> tuple[dict[str, str] | None, str | None]:

@@ -51,11 +51,13 @@ class DeviceUnreadable(FlopLedgerError):
 class Request(msgspec.Struct, frozen=True, kw_only=True):
     """What a reader must know to take one sample.
 
-    `generation` counts how often the driver was opened: handles of another one are void.
+    `generation` counts how often the driver was opened and `return_count` how often the device came
+    back into the count: handles of before are void.
     `delivered`: the previous sample reached the consumer, so means begin at it.
     """
 
     generation: int
+    return_count: int
     delivered: bool
 
 
@@ -130,6 +132,7 @@ class DeviceReader:
         self._table = table
         self._uuid = uuid
         self._generation = -1
+        self._returns = 0
         self._opened: _Opened | None = None
         self._scale: Scale | None = None
         self._warm_up = WARM_UP_READINGS
@@ -141,6 +144,9 @@ class DeviceReader:
             self._opened = None
             self._scale = None  # another driver may count otherwise
             self._warm_up = WARM_UP_READINGS
+        if request.return_count != self._returns:
+            self._returns = request.return_count
+            self._opened = None
         try:
             if self._opened is None:
                 self._opened = self._open()

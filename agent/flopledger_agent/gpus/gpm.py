@@ -53,6 +53,7 @@ COUNTERS: Final[dict[str, int]] = {
 PERCENTAGE_IDS: Final = tuple(PERCENTAGES.values())
 ALL_IDS: Final = PERCENTAGE_IDS + tuple(COUNTERS.values())
 
+NO_TIME: Final = Fraction(0)
 # A percentage a little above 100 is a rounding of the driver and read as 100; more is no reading.
 PERCENT_MAX: Final = 101.0
 # The counter's rate may be off the clock readings at both ends by this factor (the clock moved in
@@ -75,20 +76,18 @@ class GpmReading(msgspec.Struct, frozen=True, kw_only=True):
 
 def ratio_of(percent: float) -> Fraction | str:
     """A percentage as an exact ratio 0..1, or the reason why it is none."""
-    if math.isnan(percent):
-        return "not_a_number"
-    if not 0.0 <= percent <= PERCENT_MAX:
-        return "out_of_range"
+    if not 0.0 <= percent <= PERCENT_MAX:  # false for what is not a number, too
+        return "not_a_number" if math.isnan(percent) else "out_of_range"
+    if percent == 0.0:
+        return NO_TIME  # most pipes, most of the time
     numerator, denominator = min(percent, 100.0).as_integer_ratio()
     return Fraction(numerator, denominator * 100)
 
 
 def count_of(value: float) -> int | str:
     """A cumulative counter, given as a double, as an integer, or the reason why it is none."""
-    if math.isnan(value):
-        return "not_a_number"
-    if not 0.0 <= value <= INT64_MAX:
-        return "out_of_range"
+    if not 0.0 <= value <= INT64_MAX:  # false for what is not a number, too
+        return "not_a_number" if math.isnan(value) else "out_of_range"
     return int(value)
 
 
@@ -183,7 +182,9 @@ class GpmMeter:
         factor = self._sm_count if self._scale == "mean" else 1
         if max(counters.values()) * factor > INT64_MAX:
             return "out_of_range"
-        return Cycles(**{name: value * factor for name, value in counters.items()})
+        if factor != 1:
+            counters = {name: value * factor for name, value in counters.items()}
+        return Cycles(**counters)
 
 
 def _read(

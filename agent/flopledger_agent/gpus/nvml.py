@@ -12,21 +12,19 @@ import ctypes
 import dataclasses
 import functools
 import struct
-from concurrent.futures import Future
-from concurrent.futures import wait as wait_for
 from typing import TYPE_CHECKING, Any, Final, ParamSpec, TypeAlias, TypeVar
 
-import msgspec
 import pynvml
 
-from flopledger_agent.gpus.device import DEVICE_NAME_MAX, DeviceReader, DeviceUnreadable, Request
+from flopledger_agent.gpus.device import DeviceReader, DeviceUnreadable, Request
 from flopledger_agent.gpus.interface import DeviceFailure, GpuSample, NodeSample
+from flopledger_agent.gpus.node import NodeReader, NodeView
 from flopledger_agent.gpus.nvml_errors import FUNCTION_NOT_FOUND, DriverError
-from flopledger_agent.gpus.watchdog import WatchedThread
+from flopledger_agent.gpus.watchdog import Answer, Round, WatchedThread
 from flopledger_core.records import Device
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterable
+    from collections.abc import Callable, Iterable
 
     from flopledger_agent.clocks import Clock
     from flopledger_agent.gpus.gpm import Answers
@@ -42,8 +40,6 @@ PCI_DEVICE_SHIFT: Final = 16  # pciDeviceId: device above, vendor below
 # Every device of a tick must answer within this real time. A healthy reading takes milliseconds; a
 # driver in trouble waits for six seconds per request, which nobody here waits for.
 DEADLINE_SECONDS: Final = 0.5
-# Devices are looked up anew this often (in ticks) although their count did not change.
-RESCAN_TICKS: Final = 60
 # A driver that cannot be opened is tried after 1, 2, 4, ... ticks, and at least this often.
 BACKOFF_TICKS_MAX: Final = 64
 
@@ -222,85 +218,7 @@ class Nvml:
         return GpmQuery(ids)
 
 
-# --- the node ----------------------------------------------------------------------------------
-
-
-class NodeView(msgspec.Struct, frozen=True, kw_only=True):
-    """Which devices the driver showed when it was last asked."""
-
-    generation: int
-    driver: str | None
-    present: tuple[Device, ...]
-    unidentified: tuple[tuple[int, str], ...]  # index and reason of a device without a name
-
-
-class NodeReader:
-    """Opens the driver and finds its devices; lives in one thread."""
-
-    def __init__(self, nvml: Nvml) -> None:
-        self._nvml = nvml
-        self._open = False
-        self._generation = 0
-        self._driver: str | None = None
-        self._count = -1
-        self._ticks = 0
-        self._view: NodeView | None = None
-
-    def look(self, *, reopen: bool) -> NodeView:
-        """The devices now. Errors: DriverError when the driver does not answer at all."""
-        if reopen:
-            self.close()
-        if not self._open:
-            self._driver = self._nvml.open()
-            self._open = True
-            self._generation += 1
-            self._view = None
-        try:
-            count = self._nvml.count()
-        except DriverError as error:
-            if error.meaning.scope == "node" or self._view is None:
-                self.close()
-                raise
-            return self._view  # one bad answer about the node does not lose its devices
-        self._ticks += 1
-        due = self._ticks % RESCAN_TICKS == 0
-        view = self._view
-        if view is None or due or count != self._count or view.unidentified:
-            view = self._scan(count)
-            self._count, self._view = count, view
-        return view
-
-    def close(self) -> None:
-        """Let go of the driver, as far as it lets us."""
-        if self._open:
-            self._open = False
-            try:
-                self._nvml.shutdown()
-            except DriverError:
-                self._view = None  # it was gone already
-
-    def _scan(self, count: int) -> NodeView:
-        present: list[Device] = []
-        unidentified: list[tuple[int, str]] = []
-        for index in range(count):
-            try:
-                handle = self._nvml.handle_by_index(index)
-                uuid = self._nvml.uuid(handle)
-                present.append(Device(uuid=uuid, name=self._name(handle)))
-            except DriverError as error:
-                unidentified.append((index, error.meaning.reason))
-        return NodeView(
-            generation=self._generation,
-            driver=self._driver,
-            present=tuple(present),
-            unidentified=tuple(unidentified),
-        )
-
-    def _name(self, handle: Handle) -> str:
-        try:
-            return self._nvml.name(handle)[:DEVICE_NAME_MAX] or "unknown"
-        except DriverError:
-            return "unknown"
+# --- the source --------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(slots=True, kw_only=True)
@@ -308,13 +226,11 @@ class _Slot:
     """A device we expect, its thread and what became of its last sample."""
 
     device: Device
-    thread: WatchedThread
+    thread: WatchedThread[GpuSample | None]
     reader: DeviceReader
     delivered: bool = False
-
-
-def _wait(futures: Collection[Future[Any]], seconds: float) -> None:
-    wait_for(futures, timeout=seconds)
+    missing: bool = False
+    return_count: int = 0  # each return of a device voids its handle
 
 
 class NvmlSource:
@@ -327,14 +243,14 @@ class NvmlSource:
         *,
         known: Iterable[Device] = (),
         deadline_seconds: float = DEADLINE_SECONDS,
-        wait: Callable[[Collection[Future[Any]], float], None] = _wait,
+        wait: Callable[[Round, float], None] = Round.wait,
     ) -> None:
         self._clock = clock
         self._table = table
         self._deadline_seconds = deadline_seconds
         self._wait = wait
         self._nvml = Nvml()
-        self._node_thread = WatchedThread("nvml-node")
+        self._node_thread = WatchedThread[NodeView | None]("nvml-node")
         self._node_reader = NodeReader(self._nvml)
         self._slots: dict[str, _Slot] = {}
         for device in known:
@@ -371,16 +287,19 @@ class NvmlSource:
         if self._closed:
             return
         self._closed = True
-        idle = [slot for slot in self._slots.values() if not slot.thread.stuck]
-        self._wait(
-            [slot.thread.start(slot.reader.release) for slot in idle], self._deadline_seconds
-        )
-        threads = [slot.thread for slot in self._slots.values()]
-        if not any(thread.stuck for thread in (*threads, self._node_thread)):
-            job = self._node_thread.start(self._node_reader.close)
-            self._wait([job], self._deadline_seconds)
-        for thread in (*threads, self._node_thread):
-            thread.close()
+        together = Round()
+        for slot in self._slots.values():
+            if not slot.thread.stuck:
+                slot.thread.start(slot.reader.release, together)
+        self._wait(together, self._deadline_seconds)
+        stuck = [slot.thread.stuck for slot in self._slots.values()]
+        if not any(stuck) and not self._node_thread.stuck:
+            together = Round()
+            self._node_thread.start(self._node_reader.close, together)
+            self._wait(together, self._deadline_seconds)
+        for slot in self._slots.values():
+            slot.thread.close()
+        self._node_thread.close()
 
     # --- the driver ---------------------------------------------------------------------------
 
@@ -392,19 +311,17 @@ class NvmlSource:
         if self._node_thread.stuck:
             # What it knew still holds: only the look for new devices waits.
             return "timeout" if self._view is None else None
-        job = self._node_thread.start(
-            functools.partial(self._node_reader.look, reopen=self._reopen)
-        )
+        together = Round()
+        look = functools.partial(self._node_reader.look, reopen=self._reopen)
+        answer = self._node_thread.start(look, together)
         self._reopen = False
-        self._wait([job], self._deadline_seconds)
-        if not job.done():
+        self._wait(together, self._deadline_seconds)
+        if not answer.done:
             return "timeout" if self._view is None else None
-        error = job.exception()
-        if error is not None:
-            self._view = None
-            return self._back_off(_reason(error))
-        view: NodeView = job.result()
+        view = answer.value
         self._view = view
+        if view is None:
+            return self._back_off(_reason(answer.error))
         if not view.present and not view.unidentified and not self._slots:
             return "no_devices"
         self._failure = None
@@ -429,31 +346,37 @@ class NvmlSource:
         return slot
 
     def _read(self, view: NodeView) -> tuple[list[GpuSample], list[DeviceFailure], str | None]:
-        jobs: dict[str, Future[GpuSample]] = {}
+        answers: dict[str, Answer[GpuSample | None]] = {}
+        together = Round()
         for device in view.present:
             slot = self._expect(device)
+            if slot.missing:
+                slot.missing, slot.return_count = False, slot.return_count + 1
             if not slot.thread.stuck:
-                request = Request(generation=view.generation, delivered=slot.delivered)
-                jobs[device.key] = slot.thread.start(functools.partial(slot.reader.read, request))
-        self._wait(jobs.values(), self._deadline_seconds)
+                request = Request(
+                    generation=view.generation,
+                    return_count=slot.return_count,
+                    delivered=slot.delivered,
+                )
+                read = functools.partial(slot.reader.read, request)
+                answers[device.key] = slot.thread.start(read, together)
+        self._wait(together, self._deadline_seconds)
         samples: list[GpuSample] = []
         failures: list[DeviceFailure] = []
         lost_driver: list[str] = []
         for device in view.present:
-            slot, job = self._slots[device.key], jobs.get(device.key)
+            slot, answer = self._slots[device.key], answers.get(device.key)
             slot.delivered = False
-            if job is None or not job.done():
+            if answer is None or not answer.done:
                 failures.append(_failed(slot.device, "timeout"))
-                continue
-            error = job.exception()
-            if error is not None:
-                failures.append(_failed(slot.device, _reason(error)))
-                if isinstance(error, DeviceUnreadable) and error.scope == "node":
-                    lost_driver.append(error.reason)
-                continue
-            slot.delivered = True
-            slot.device = job.result().device
-            samples.append(job.result())
+            elif answer.value is None:
+                failures.append(_failed(slot.device, _reason(answer.error)))
+                if isinstance(answer.error, DeviceUnreadable) and answer.error.scope == "node":
+                    lost_driver.append(answer.error.reason)
+            else:
+                slot.delivered = True
+                slot.device = answer.value.device
+                samples.append(answer.value)
         failures += self._missing(view)
         if lost_driver and len(lost_driver) == len(view.present):
             self._reopen = True
@@ -465,7 +388,11 @@ class NvmlSource:
     def _missing(self, view: NodeView) -> list[DeviceFailure]:
         """Expected devices that are not in the count, and devices that do not say who they are."""
         present = {device.key for device in view.present}
-        gone = [slot.device for key, slot in self._slots.items() if key not in present]
+        gone: list[Device] = []
+        for key, slot in self._slots.items():
+            if key not in present:
+                slot.missing = True
+                gone.append(slot.device)
         nameless = list(view.unidentified)
         failures: list[DeviceFailure] = []
         for device in gone:
@@ -485,7 +412,7 @@ def _failed(device: Device, reason: str) -> DeviceFailure:
     return DeviceFailure(device=device, reason=reason)
 
 
-def _reason(error: BaseException) -> str:
+def _reason(error: BaseException | None) -> str:
     if isinstance(error, DeviceUnreadable):
         return error.reason
     if isinstance(error, DriverError):

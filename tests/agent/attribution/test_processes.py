@@ -5,6 +5,7 @@ from __future__ import annotations
 import getpass
 import os
 import sys
+from pathlib import Path
 
 import psutil
 import pytest
@@ -124,3 +125,40 @@ def test_two_tables_are_asked_in_order() -> None:
     assert table.identify(1) is first
     assert table.identify(2) is other
     assert table.identify(3) is None
+
+
+def descriptors() -> int:
+    """How many files this process has open."""
+    return sum(1 for _ in Path("/proc/self/fd").iterdir())
+
+
+def test_known_processes_hold_a_bounded_number_of_descriptors() -> None:
+    """And give them back when the process is gone or forgotten."""
+    before = descriptors()
+    table = PsutilProcessTable(processes_max=1)
+    with running() as child:
+        held = descriptors()
+        assert table.identify(child.pid) is not None
+        assert descriptors() == held + 1
+        assert table.identify(os.getpid()) is not None
+        assert descriptors() == held + 1
+        assert table.identify(child.pid) is not None
+    assert table.identify(child.pid) is None
+    assert descriptors() == before
+
+
+def test_without_pidfds_processes_are_told_apart_all_the_same(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Kernels before 5.3 have none."""
+
+    def missing(_pid: int) -> int:
+        raise OSError(38, "Function not implemented")
+
+    monkeypatch.setattr(os, "pidfd_open", missing)
+    table = PsutilProcessTable()
+    with running() as child:
+        first = table.identify(child.pid)
+        assert first is not None
+        assert table.identify(child.pid) is first
+    assert table.identify(child.pid) is None

@@ -54,6 +54,10 @@ class Node:
         self.clock.now_ns += round(seconds * SECOND_NS)
         return self.source.sample()
 
+    def hurry(self) -> None:
+        """From here on calls hang for certain: do not wait for them."""
+        self.source._deadline_seconds = IMPATIENT_SECONDS
+
     def warm(self) -> NodeSample:
         """The first tick at which every device answers with what it has."""
         self.source.sample()
@@ -74,12 +78,11 @@ def node(
     text: str | None = None,
     *,
     known: tuple[Device, ...] = (),
-    deadline_seconds: float = PATIENT_SECONDS,
 ) -> Iterator[Node]:
     """A node whose driver follows a scenario; everything is let go of at the end."""
     clock = TestClock()
     with install(parse_scenario(scenario() if text is None else text), clock) as driver:
-        source = NvmlSource(clock, load_table(), known=known, deadline_seconds=deadline_seconds)
+        source = NvmlSource(clock, load_table(), known=known, deadline_seconds=PATIENT_SECONDS)
         try:
             yield Node(driver, clock, source)
         finally:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
 from typing import TYPE_CHECKING
 
 import pytest
@@ -9,7 +10,7 @@ import pytest
 from flopledger_agent.gpus.nvml import BACKOFF_TICKS_MAX
 from flopledger_agent.gpus.simulated.faults import Fault
 from flopledger_core.records import Device
-from tests.agent.gpus.nodes import IMPATIENT_SECONDS, node, scenario
+from tests.agent.gpus.nodes import PHASE, node, scenario
 from tests.agent.sampling import SECOND_NS
 
 if TYPE_CHECKING:
@@ -98,8 +99,9 @@ def test_a_device_that_answers_nothing_at_all_is_not_sampled() -> None:
 
 def test_a_hanging_call_times_out_alone_and_resumes() -> None:
     """One device is stuck for several ticks; the other one is sampled at every tick."""
-    with node(TWO, deadline_seconds=IMPATIENT_SECONDS) as it:
-        it.until_sampled(2)
+    with node(TWO) as it:
+        it.warm()
+        it.hurry()
         it.driver.inject(
             Fault(kind="hang", functions=frozenset({"nvmlDeviceGetPowerUsage"})), gpu=0
         )
@@ -114,22 +116,28 @@ def test_a_hanging_call_times_out_alone_and_resumes() -> None:
 
 def test_percentages_bridge_the_ticks_of_a_hang() -> None:
     """A reading that came too late was not delivered, so the next means begin before it."""
-    text = scenario(head='driver_version = "580.65.06"')
-    with node(text, deadline_seconds=IMPATIENT_SECONDS) as it:
-        it.until_sampled(1)
-        before = it.until_sampled(1).samples[0]
+    phases = PHASE.replace("1000.0", "1.5") + PHASE.replace("0.55", "0.35")
+    text = scenario(head='driver_version = "580.65.06"', phase=phases)
+    with node(text) as it:
+        it.source.sample()
+        before = it.tick().samples[0]
+        it.hurry()
         it.driver.inject(Fault(kind="hang", functions=frozenset({"nvmlDeviceGetPowerUsage"})))
         assert reasons(it.tick()) == ["timeout"]
         it.driver.release_hangs()
         after = it.until_sampled(1).samples[0]
         assert after.boot_ns > before.boot_ns
         assert after.utilization is not None
-        assert after.utilization["hmma"] > 0
+        truth = it.driver.truth_between(before.boot_ns, after.boot_ns).gpus[0].whole
+        mean = truth.active_cycles["hmma"] / truth.elapsed_cycles
+        assert abs(after.utilization["hmma"] - mean) < Fraction(1, 10**12)
+        assert Fraction(35, 100) < mean < Fraction(55, 100)
 
 
 def test_a_hang_at_init_is_a_timeout_of_the_node() -> None:
     """The agent goes on; the driver is asked once, not once a tick."""
-    with node(deadline_seconds=IMPATIENT_SECONDS) as it:
+    with node() as it:
+        it.hurry()
         it.driver.inject_system(Fault(kind="hang", functions=frozenset({"nvmlInitWithFlags"})))
         assert it.tick().failure == "timeout"
         assert it.tick().failure == "timeout"

@@ -1,0 +1,99 @@
+"""Finds the node's devices: opens the driver, counts, and asks each device for its name once.
+
+Lives in one thread and keeps no handle. A device that does not say who it is is reported by its
+index and never hides the others; the driver's own troubles end up as one error for the node.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+import msgspec
+
+from flopledger_agent.gpus.device import DEVICE_NAME_MAX
+from flopledger_agent.gpus.nvml_errors import DriverError
+from flopledger_core.records import Device
+
+if TYPE_CHECKING:
+    from flopledger_agent.gpus.nvml import Handle, Nvml
+
+# Devices are looked up anew this often (in ticks) although their count did not change.
+RESCAN_TICKS: Final = 60
+
+
+class NodeView(msgspec.Struct, frozen=True, kw_only=True):
+    """Which devices the driver showed when it was last asked."""
+
+    generation: int
+    driver: str | None
+    present: tuple[Device, ...]
+    unidentified: tuple[tuple[int, str], ...]  # index and reason of a device without a name
+
+
+class NodeReader:
+    """Opens the driver and finds its devices; lives in one thread."""
+
+    def __init__(self, nvml: Nvml) -> None:
+        self._nvml = nvml
+        self._open = False
+        self._generation = 0
+        self._driver: str | None = None
+        self._count = -1
+        self._ticks = 0
+        self._view: NodeView | None = None
+
+    def look(self, *, reopen: bool) -> NodeView:
+        """The devices now. Errors: DriverError when the driver does not answer at all."""
+        if reopen:
+            self.close()
+        if not self._open:
+            self._driver = self._nvml.open()
+            self._open = True
+            self._generation += 1
+            self._view = None
+        try:
+            count = self._nvml.count()
+        except DriverError as error:
+            if error.meaning.scope == "node" or self._view is None:
+                self.close()
+                raise
+            return self._view  # one bad answer about the node does not lose its devices
+        self._ticks += 1
+        due = self._ticks % RESCAN_TICKS == 0
+        view = self._view
+        if view is None or due or count != self._count or view.unidentified:
+            view = self._scan(count)
+            self._count, self._view = count, view
+        return view
+
+    def close(self) -> None:
+        """Let go of the driver, as far as it lets us."""
+        if self._open:
+            self._open = False
+            try:
+                self._nvml.shutdown()
+            except DriverError:
+                self._view = None  # it was gone already
+
+    def _scan(self, count: int) -> NodeView:
+        present: list[Device] = []
+        unidentified: list[tuple[int, str]] = []
+        for index in range(count):
+            try:
+                handle = self._nvml.handle_by_index(index)
+                uuid = self._nvml.uuid(handle)
+                present.append(Device(uuid=uuid, name=self._name(handle)))
+            except DriverError as error:
+                unidentified.append((index, error.meaning.reason))
+        return NodeView(
+            generation=self._generation,
+            driver=self._driver,
+            present=tuple(present),
+            unidentified=tuple(unidentified),
+        )
+
+    def _name(self, handle: Handle) -> str:
+        try:
+            return self._nvml.name(handle)[:DEVICE_NAME_MAX] or "unknown"
+        except DriverError:
+            return "unknown"

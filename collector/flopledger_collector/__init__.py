@@ -1,0 +1,1 @@
+"""The collector: admits signed batches, keeps the ledger, evaluates it and states it."""

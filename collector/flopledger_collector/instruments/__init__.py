@@ -1,0 +1,1 @@
+"""Instruments: legal thresholds as versioned data, and the comparison of intervals with them."""

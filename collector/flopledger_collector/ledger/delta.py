@@ -1,0 +1,266 @@
+"""From journal entries to what they add to the projections: pure, exact, in memory.
+
+A batch was fully checked when it was admitted, so its records are read here without checking
+signature, hashes and byte form again. Every part of a delta is a sum, a minimum, a maximum or a
+set, so deltas can be added in any grouping and give the same projections: that is why a rebuild
+equals what was folded live.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import TYPE_CHECKING, Final, NamedTuple
+
+import msgspec
+
+from flopledger_collector.journal import disputed_indexes
+from flopledger_collector.ledger.position import Head
+from flopledger_core.flop import basis
+from flopledger_core.records import (
+    BudgetSet,
+    Declaration,
+    GapRecord,
+    ImportedHours,
+    ProjectOpened,
+    Record,
+    UsageRecord,
+)
+from flopledger_core.units import MS_PER_DAY
+from flopledger_core.validation import Finding
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+UNKNOWN_ACCELERATOR: Final = "unknown accelerator"  # the device name of hours that state none
+
+
+class GroupKey(NamedTuple):
+    """What a rollup is kept by; '' stands for None. The order is `schema.GROUP_KEYS`."""
+
+    day: int  # of the record's start, UTC, counted from 1970-01-01
+    account: str
+    kind: str
+    model: str
+    run: str
+    job: str
+    activity: str
+    device_name: str
+    pci_device_id: str
+    tier: str
+    precision: str
+    precision_origin: str
+    standing: str
+    simulated: int
+
+    @property
+    def digest(self) -> str:
+        """The hex SHA-256 over the columns: the group's id, the same in every database."""
+        return hashlib.sha256(msgspec.json.encode(tuple(self))).hexdigest()
+
+
+class GroupDelta:
+    """What a group gains."""
+
+    __slots__ = ("first_unix_ms", "last_unix_ms", "records", "sums")
+
+    def __init__(self, first_unix_ms: int, last_unix_ms: int) -> None:
+        self.records = 0
+        self.first_unix_ms = first_unix_ms
+        self.last_unix_ms = last_unix_ms
+        self.sums: dict[str, int] = {}
+
+    def add(self, sums: dict[str, int], first_unix_ms: int, last_unix_ms: int) -> None:
+        """Take in one record."""
+        self.records += 1
+        self.first_unix_ms = min(self.first_unix_ms, first_unix_ms)
+        self.last_unix_ms = max(self.last_unix_ms, last_unix_ms)
+        own = self.sums
+        for quantity, amount in sums.items():
+            own[quantity] = own.get(quantity, 0) + amount
+
+
+class ProjectDelta(msgspec.Struct, frozen=True, kw_only=True):
+    """What is known of a project; `merged` is commutative and associative."""
+
+    entity: str | None = None
+    title: str | None = None
+    opened_unix_ms: int | None = None
+    opened_rank: str = ""  # '' while nobody opened it
+    first_unix_ms: int | None = None
+    last_unix_ms: int | None = None
+
+    def merged(self, other: ProjectDelta) -> ProjectDelta:
+        """Both together: the later opening speaks, times span both."""
+        speaker = self if self.opened_rank >= other.opened_rank else other
+        return ProjectDelta(
+            entity=speaker.entity,
+            title=speaker.title,
+            opened_unix_ms=_least(self.opened_unix_ms, other.opened_unix_ms),
+            opened_rank=speaker.opened_rank,
+            first_unix_ms=_least(self.first_unix_ms, other.first_unix_ms),
+            last_unix_ms=_greatest(self.last_unix_ms, other.last_unix_ms),
+        )
+
+
+class PostedRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """A person's entry, kept whole, with the rank that orders it among the others."""
+
+    project: str
+    rank: str
+    record: bytes
+
+
+class UnfoldedEntry(msgspec.Struct, frozen=True, kw_only=True):
+    """A journal row that no projection has in it yet."""
+
+    stream_id: str
+    sequence: int
+    batch_hash: str
+    content: bytes
+    findings: str
+
+
+class FoldedHeader(msgspec.Struct, frozen=True, kw_only=True):
+    """What folding needs of a header; the rest is skipped."""
+
+    simulated: bool
+    window_end_unix_ms: int
+
+
+class FoldedLeaf(msgspec.Struct, frozen=True, kw_only=True):
+    """What folding needs of a leaf."""
+
+    record: Record
+
+
+_header_decoder = msgspec.json.Decoder(FoldedHeader)
+_leaf_decoder = msgspec.json.Decoder(FoldedLeaf)
+_findings_decoder = msgspec.json.Decoder(tuple[Finding, ...])
+
+
+class Delta:
+    """What a run of journal entries adds to the projections."""
+
+    def __init__(self) -> None:
+        self.entries = 0
+        self.from_sequences: dict[str, int] = {}  # stream -> first sequence taken in
+        self.heads: dict[str, Head] = {}
+        self.groups: dict[GroupKey, GroupDelta] = {}
+        self._named: dict[str, ProjectDelta] = {}  # by entries of people; usage names more
+        self.budgets: list[PostedRecord] = []
+        self.declarations: list[PostedRecord] = []
+
+    def take(self, entry: UnfoldedEntry) -> tuple[Record, ...]:
+        """Add one journal entry; entries of a stream come in order. Returns its records."""
+        lines = entry.content.split(b"\n")
+        header = _header_decoder.decode(lines[0])
+        records = tuple(_leaf_decoder.decode(line).record for line in lines[2:-1])
+        disputed: frozenset[int] = frozenset()
+        if entry.findings != "[]":
+            found = _findings_decoder.decode(entry.findings)
+            disputed = disputed_indexes(found, len(records))
+        for index, record in enumerate(records):
+            if isinstance(record, (UsageRecord, GapRecord, ImportedHours, Declaration)):
+                self._add_amounts(record, index in disputed, header.simulated)
+            if index not in disputed:
+                rank = _rank(header.window_end_unix_ms, entry, index)
+                self._add_posted(record, rank)
+        self.entries += 1
+        self.from_sequences.setdefault(entry.stream_id, entry.sequence)
+        self.heads[entry.stream_id] = Head(
+            stream_id=entry.stream_id, sequence=entry.sequence, batch_hash=entry.batch_hash
+        )
+        return records
+
+    def projects(self) -> dict[str, ProjectDelta]:
+        """Every project these entries name, with when its usage was seen."""
+        projects = dict(self._named)
+        for key, group in self.groups.items():
+            if key.kind == "attributed":
+                seen = ProjectDelta(
+                    first_unix_ms=group.first_unix_ms, last_unix_ms=group.last_unix_ms
+                )
+                known = projects.get(key.account)
+                projects[key.account] = seen if known is None else known.merged(seen)
+        return projects
+
+    def _add_amounts(
+        self,
+        record: UsageRecord | GapRecord | ImportedHours | Declaration,
+        disputed: bool,  # noqa: FBT001
+        simulated: bool,  # noqa: FBT001
+    ) -> None:
+        key = group_key(record, "disputed" if disputed else "clear", int(simulated))
+        start, end = record.start_unix_ms, record.end_unix_ms
+        group = self.groups.get(key)
+        if group is None:
+            group = self.groups[key] = GroupDelta(start, end)
+        group.add(basis(record), start, end)
+
+    def _add_posted(self, record: Record, rank: str) -> None:
+        if isinstance(record, ProjectOpened):
+            opened = ProjectDelta(
+                entity=record.entity,
+                title=record.title,
+                opened_unix_ms=record.at_unix_ms,
+                opened_rank=rank,
+            )
+            self._see(record.project, opened)
+        elif isinstance(record, (BudgetSet, Declaration)):
+            self._see(record.project, ProjectDelta())
+            content = msgspec.json.encode(record)
+            posted = PostedRecord(project=record.project, rank=rank, record=content)
+            (self.budgets if isinstance(record, BudgetSet) else self.declarations).append(posted)
+
+    def _see(self, project: str, seen: ProjectDelta) -> None:
+        known = self._named.get(project)
+        self._named[project] = seen if known is None else known.merged(seen)
+
+
+def group_key(
+    record: UsageRecord | GapRecord | ImportedHours | Declaration, standing: str, simulated: int
+) -> GroupKey:
+    """The rollup group a record belongs to."""
+    day = record.start_unix_ms // MS_PER_DAY
+    if isinstance(record, Declaration):
+        return GroupKey(
+            day, record.project, "attributed", record.model or "", record.run or "", "",
+            record.activity, "", "", "declared", "", "unknown", standing, simulated,
+        )  # fmt: skip
+    if isinstance(record, ImportedHours):
+        name, pci, tier = record.accelerator or UNKNOWN_ACCELERATOR, "", "gpu_hours"
+        origin = "unknown" if record.precision is None else "declared"
+    else:
+        name, pci = record.device.name, record.device.pci_device_id or ""
+        if isinstance(record, UsageRecord):
+            tier, origin = record.tier, record.precision_origin
+        else:
+            tier, origin = "none", "unknown" if record.precision is None else "declared"
+    owner = record.owner
+    return GroupKey(
+        day, owner.account, owner.kind, owner.model or "", owner.run or "", owner.job or "",
+        owner.activity, name, pci, tier, record.precision or "", origin, standing, simulated,
+    )  # fmt: skip
+
+
+def delta_of(entries: Iterable[UnfoldedEntry]) -> Delta:
+    """What these entries add together."""
+    delta = Delta()
+    for entry in entries:
+        delta.take(entry)
+    return delta
+
+
+def _rank(posted_unix_ms: int, entry: UnfoldedEntry, index: int) -> str:
+    """Text that sorts as entries were posted; within a stream, posting times never fall."""
+    return f"{posted_unix_ms:015d} {entry.stream_id} {entry.sequence:019d} {index:05d}"
+
+
+def _least(one: int | None, other: int | None) -> int | None:
+    known = [value for value in (one, other) if value is not None]
+    return min(known, default=None)
+
+
+def _greatest(one: int | None, other: int | None) -> int | None:
+    known = [value for value in (one, other) if value is not None]
+    return max(known, default=None)

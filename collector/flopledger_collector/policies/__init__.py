@@ -1,0 +1,1 @@
+"""Policies: which activities an accounting standard counts, as versioned data with citations."""

@@ -1,0 +1,135 @@
+"""How amounts are written for people: once, for terminal, pages and Markdown alike.
+
+Everything is rendered from exact integers and fractions; a rendered figure is never read back.
+An open high end is written as such and never as a number.
+"""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from fractions import Fraction
+from typing import TYPE_CHECKING, Final
+
+from flopledger_core.units import (
+    MS_PER_SECOND,
+    ceil_div,
+    decimal_text,
+    gpu_hours,
+    kilowatt_hours,
+    scientific,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from flopledger_collector.instruments.comparison import Ratio
+    from flopledger_core.bounds import Bounds
+
+OPEN: Final = "open"
+SMALLEST_PLAIN_PER_CENT: Final = Fraction(1, 1000)  # below it a power of ten reads better
+CENTS_PER_UNIT: Final = 100
+
+UNITS: Final[dict[str, str]] = {
+    "flop": "FLOP",
+    "operations": "operations",
+    "energy_mj": "kWh",
+    "gpu_time_ms": "GPU-hours",
+    "cost_cents": "",
+}
+VERDICT_WORDS: Final[dict[str, str]] = {
+    "below": "below",
+    "may_exceed": "may exceed",
+    "exceeds": "EXCEEDED",
+    "undetermined": "undetermined",
+    "not_in_force": "not in force",
+}
+
+
+def amount(quantity: str, value: int) -> str:
+    """An amount of a budget's or an instrument's quantity, without its unit."""
+    if quantity == "energy_mj":
+        return kilowatt_hours(value)
+    if quantity == "gpu_time_ms":
+        return gpu_hours(value)
+    if quantity == "cost_cents":
+        return decimal_text(value, CENTS_PER_UNIT, 2)
+    return scientific(value)
+
+
+def unit(quantity: str, currency: str | None = None) -> str:
+    """The unit that people see for a quantity."""
+    return currency if currency is not None else UNITS[quantity]
+
+
+def span(bounds: Bounds, write: Callable[[int], str]) -> str:
+    """`central [low, high]`; only the figure where nothing is left open."""
+    central = write(bounds.central)
+    if bounds.is_exact:
+        return central
+    high = OPEN if bounds.high is None else write(bounds.high)
+    return f"{central} [{write(bounds.low)}, {high}]"
+
+
+def flop(bounds: Bounds) -> str:
+    """Bounds in FLOP, or in operations."""
+    return span(bounds, scientific)
+
+
+def energy(bounds: Bounds) -> str:
+    """Bounds in mJ as kWh, without the unit."""
+    return span(bounds, kilowatt_hours)
+
+
+def hours(bounds: Bounds) -> str:
+    """Bounds in ms of GPU time as GPU-hours, without the unit."""
+    return span(bounds, gpu_hours)
+
+
+def quantity_span(quantity: str, bounds: Bounds) -> str:
+    """Bounds of any quantity, without the unit."""
+    return span(bounds, lambda value: amount(quantity, value))
+
+
+def per_cent(share: Fraction) -> str:
+    """A share as per cent with three significant digits; tiny ones as a power of ten."""
+    value = share * 100
+    if value == 0:
+        return "0 %"
+    if value < SMALLEST_PLAIN_PER_CENT:
+        return f"{_small(value)} %"
+    places = 0 if value >= 100 else 1 if value >= 10 else 2 if value >= 1 else 4
+    text = decimal_text(value.numerator, value.denominator, places)
+    return f"{text.rstrip('0').rstrip('.') if places else text} %"
+
+
+def _small(value: Fraction) -> str:
+    exponent = 0
+    while value < 1:
+        value *= 10
+        exponent -= 1
+    digits = decimal_text(value.numerator, value.denominator, 1)
+    return f"{digits.removesuffix('.0')}e{exponent}"
+
+
+def ratio(reached: Ratio | None) -> str:
+    """The central share of a limit, with its bounds where they differ."""
+    if reached is None:
+        return "no share of a limit of zero"
+    central = per_cent(reached.central)
+    if reached.low == reached.high:
+        return central
+    high = OPEN if reached.high is None else per_cent(reached.high)
+    return f"{central} [{per_cent(reached.low)}, {high}]"
+
+
+def instant(unix_ms: int | None) -> str:
+    """An instant in UTC to the second; a dash for none."""
+    if unix_ms is None:
+        return "-"
+    moment = datetime.fromtimestamp(unix_ms // MS_PER_SECOND, tz=UTC)
+    return moment.strftime("%Y-%m-%d %H:%M:%SZ")
+
+
+def duration_seconds(time_ms: int) -> int:
+    """Whole seconds, rounded up: an age is never shown shorter than it is."""
+    return ceil_div(time_ms, MS_PER_SECOND)

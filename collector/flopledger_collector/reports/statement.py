@@ -1,0 +1,247 @@
+"""What is on a statement: one value, complete, from which every rendering is made.
+
+A statement itemises a project so that an auditor can add it up again: the line items' FLOP is the
+total, exactly, and every policy view adds up from the same items. It shows a project beside the
+ledger's own accounts (idle, unattributed) but never another project's figures.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Final
+
+import msgspec
+
+from flopledger_collector.budgets import BudgetEvaluation
+from flopledger_collector.errors import StoreBusy
+from flopledger_collector.instruments.evaluation import Assessment
+from flopledger_collector.ledger.position import Position
+from flopledger_collector.ledger.totals import Line, ProjectInfo
+from flopledger_collector.policies.evaluation import Bridge, bridge
+from flopledger_collector.status import (
+    READ_ATTEMPTS_MAX,
+    Accounts,
+    PolicyTotals,
+    Reader,
+    Rules,
+    Usage,
+    gpu_time_of,
+    policy_totals,
+    possible,
+    project_status,
+    read_accounts,
+    require_project,
+    usage_of,
+)
+from flopledger_core.activities import UNATTRIBUTED
+from flopledger_core.bounds import Bounds
+from flopledger_core.flop import Work
+from flopledger_core.records import Declaration
+
+ENERGY_BOUNDARY: Final = "chip"  # the device's own counter: not the node, not the building
+
+METHODS: Final[dict[str, str]] = {
+    "gpm_cycles": "measured: active SM-cycles per pipe, counted by the device",
+    "gpm_util": "derived: pipe activity in per cent x SMs x SM clock x time",
+    "dcgm_pipes": "derived: pipe activity of DCGM's profiling fields x SMs x SM clock x time",
+    "sm_active": "estimated: SM activity only; low is zero, high every pipe active",
+    "gpu_util": "estimated: GPU utilisation only; low is zero, high every pipe active",
+    "gpu_hours": "estimated: scheduler's GPU-hours x peak x stated utilisation",
+    "declared": "declared by a person, with the evidence named",
+    "none": "absent: nobody could meter it; from zero to the device's peak",
+}
+
+NOTES: Final[tuple[str, ...]] = (
+    (
+        "Executed FLOP is what the hardware carried out: active SM-cycles of each pipe times the "
+        "FLOP that one SM does per cycle at its precision. Integer operations are counted apart "
+        "and are never part of FLOP."
+    ),
+    (
+        "Model FLOP (6 x parameters x tokens and kin) is declared, shown apart, and never added "
+        "to executed FLOP nor compared with a threshold here."
+    ),
+    (
+        "Low, central and high are limits, not standard deviations; they add linearly. Low rounds "
+        "down, high rounds up."
+    ),
+    (
+        "A gap contributes from zero to the device's peak at its maximum clock. Disputed records "
+        "are out of low and central and stay in high."
+    ),
+    (
+        "Work whose owner is not known could belong to any project: its high bound is in the high "
+        "bound of every one, shown as a line of its own."
+    ),
+    (
+        "Energy is at the boundary of the chip: the device's own counter, without node, cooling "
+        "or building."
+    ),
+)
+
+
+class LineItem(msgspec.Struct, frozen=True, kw_only=True):
+    """One line of the statement: a group of usage, numbered, with how it was established."""
+
+    number: int
+    line: Line
+    gpu_time_ms: Bounds
+    method: str
+
+
+class Period(msgspec.Struct, frozen=True, kw_only=True):
+    """A half-open period in whole UTC days; None is unlimited."""
+
+    start_unix_ms: int | None = None
+    end_unix_ms: int | None = None
+
+    @property
+    def is_everything(self) -> bool:
+        """Whether nothing is left out."""
+        return self.start_unix_ms is None and self.end_unix_ms is None
+
+
+class Statement(msgspec.Struct, frozen=True, kw_only=True):
+    """A project's itemised statement at one position of the ledger."""
+
+    info: ProjectInfo
+    period: Period
+    position: Position
+    generated_unix_ms: int
+    model_version: str
+    table_version: str
+    simulated: bool
+    usage: Usage  # of the items
+    shared: Usage  # unattributed work of the period that could belong to the project
+    unattributed: Usage  # the same as the ledger has it
+    idle: Usage
+    policies: tuple[PolicyTotals, ...]
+    bridges: tuple[Bridge, ...]  # from the first policy to each other one
+    assessments: tuple[Assessment, ...]  # over the project's whole life, whatever the period
+    budgets: tuple[BudgetEvaluation, ...]  # the same
+    items: tuple[LineItem, ...]
+    declarations: tuple[Declaration, ...]  # that overlap the period
+    reasons: tuple[str, ...]
+    provenance: tuple[str, ...]  # where the inputs came from, as the operator says
+
+    @property
+    def flop(self) -> Bounds:
+        """Executed FLOP with the shared high bound; before any policy."""
+        return self.usage.work.flop + self.shared.work.flop
+
+    @property
+    def gaps(self) -> tuple[LineItem, ...]:
+        """The items that hold time nobody metered."""
+        return tuple(item for item in self.items if item.line.sums.get("gap_time_ms"))
+
+    @property
+    def disputed(self) -> tuple[LineItem, ...]:
+        """The items whose records are disputed."""
+        return tuple(item for item in self.items if item.line.standing == "disputed")
+
+
+def build_statement(  # noqa: PLR0913 - everything a statement depends on is named here
+    reader: Reader,
+    rules: Rules,
+    project: str,
+    *,
+    generated_unix_ms: int,
+    policies: Iterable[str] = (),
+    period: Period | None = None,
+    provenance: tuple[str, ...] = (),
+) -> Statement:
+    """The statement of one project; UnknownName for a project nobody knows.
+
+    `generated_unix_ms` comes from an injected clock. A period must be whole UTC days.
+    """
+    period = period or Period()
+    policy_ids = tuple(policies)
+    info = require_project(reader, project)
+    lifetime, accounts = _read(reader, project, period)
+    status = project_status(info, lifetime, reader.budgets(project), rules, policy_ids)
+    usage, unattributed = usage_of(accounts.totals.lines), usage_of(accounts.unattributed)
+    shared = possible(unattributed)
+    works = dict(usage.works)
+    if shared.records:
+        works[UNATTRIBUTED] = works.get(UNATTRIBUTED, Work()) + shared.work
+    totals = policy_totals(rules, policy_ids or rules.adopted, works)
+    return Statement(
+        info=info,
+        period=period,
+        position=accounts.totals.position,
+        generated_unix_ms=generated_unix_ms,
+        model_version=accounts.totals.model_version,
+        table_version=accounts.totals.table_version,
+        simulated=any(line.simulated for line in (*accounts.totals.lines, *accounts.unattributed)),
+        usage=usage,
+        shared=shared,
+        unattributed=unattributed,
+        idle=usage_of(accounts.idle),
+        policies=totals,
+        bridges=tuple(bridge(totals[0].view, other.view) for other in totals[1:]),
+        assessments=status.assessments,
+        budgets=status.budgets,
+        items=_items(accounts.totals.lines),
+        declarations=_declarations(reader, project, period),
+        reasons=tuple(dict.fromkeys((*usage.work.reasons, *shared.work.reasons))),
+        provenance=provenance,
+    )
+
+
+def _read(reader: Reader, project: str, period: Period) -> tuple[Accounts, Accounts]:
+    """The project's whole life and the period of it, at one position."""
+    for _ in range(READ_ATTEMPTS_MAX):
+        lifetime = read_accounts(reader, project)
+        if period.is_everything:
+            return lifetime, lifetime
+        part = read_accounts(
+            reader, project, start_unix_ms=period.start_unix_ms, end_unix_ms=period.end_unix_ms
+        )
+        if part.totals.position.heads_root == lifetime.totals.position.heads_root:
+            return lifetime, part
+    raise StoreBusy("ledger: it is being folded faster than it can be read; ask again")
+
+
+def _items(lines: Iterable[Line]) -> tuple[LineItem, ...]:
+    return tuple(
+        LineItem(number=number, line=line, gpu_time_ms=gpu_time_of(line), method=method_of(line))
+        for number, line in enumerate(sorted(lines, key=_order), start=1)
+    )
+
+
+def _order(line: Line) -> tuple[str | bool, ...]:
+    return (
+        line.activity,
+        line.model or "",
+        line.run or "",
+        line.device_name,
+        line.pci_device_id or "",
+        line.tier,
+        line.precision or "",
+        line.precision_origin,
+        line.standing,
+        line.simulated,
+    )
+
+
+def method_of(line: Line) -> str:
+    """How the figures of a line were established."""
+    if line.tier == "none" and not line.sums.get("gap_time_ms"):
+        return "absent: the device's counters could not be read; from zero to the device's peak"
+    return METHODS[line.tier]
+
+
+def precision_of(line: Line) -> str:
+    """The precision of a line and where it comes from."""
+    return f"{line.precision or 'unknown'} ({line.precision_origin})" if line.precision else "-"
+
+
+def _declarations(reader: Reader, project: str, period: Period) -> tuple[Declaration, ...]:
+    """Declarations belong to the day they start in, as the line items that they make do."""
+    start, end = period.start_unix_ms, period.end_unix_ms
+    return tuple(
+        declaration
+        for declaration in reader.declarations(project)
+        if (start is None or declaration.start_unix_ms >= start)
+        and (end is None or declaration.start_unix_ms < end)
+    )

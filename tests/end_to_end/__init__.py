@@ -1,0 +1,1 @@
+"""Whole paths: driver, agent, wire, collector, pages."""

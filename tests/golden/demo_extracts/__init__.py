@@ -1,0 +1,1 @@
+"""How the demo's extracts were cut."""
