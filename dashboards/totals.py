@@ -71,7 +71,7 @@ def totals() -> list[AnyPanel]:
     cost = column(
         table_panel(
             "Declared cost by project",
-            "What people declared (flopledger declare cost), never converted between "
+            "What people declared (flopledger declare usage --cost), never converted between "
             "currencies. Empty while nobody declared anything.",
             UNIT_COUNT,
             {"project": "Project", "currency": "Currency", "Value": "Cost"},

@@ -56,8 +56,9 @@ class SamplingSection(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
 
     # GPM needs 100 ms between samples; above 30 s short jobs are missed.
     interval_seconds: Annotated[float, Meta(ge=0.2, le=30)] = SAMPLING_SECONDS_DEFAULT
-    # One device's reading may take this long (real time) before it is reported as stuck.
-    deadline_seconds: Annotated[float, Meta(gt=0, le=60)] = 5.0
+    # One device's reading may take this long (real time) before it is reported as stuck; the first
+    # tick of a hang waits it out, the later ones do not.
+    deadline_seconds: Annotated[float, Meta(gt=0, le=60)] = 1.0
 
 
 class SpoolSection(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from flopledger_agent import clocks, exposition
+from flopledger_agent import clocks, exposition, stream
 from flopledger_agent.attribution.owners import EnvironmentAttributor
 from flopledger_agent.attribution.processes import CombinedProcessTable, PsutilProcessTable
 from flopledger_agent.attribution.tags import TagRegistry, TagServer
@@ -41,7 +41,9 @@ if TYPE_CHECKING:
 
     from flopledger_agent.attribution.interface import ProcessTable
     from flopledger_agent.config import AgentConfig
+    from flopledger_agent.disk import Disk
     from flopledger_agent.gpus.simulated import SimulatedDriver
+    from flopledger_core.records import Device
 
 PROGRAM: Final = f"flopledger-agent {__version__}"
 SHIP_IDLE_SECONDS: Final = 0.5  # how often the shipper looks at the spool, in the clock's time
@@ -82,7 +84,10 @@ class Daemon:
             ),
             clock=self._clock,
             source=NvmlSource(
-                self._clock, self._table, deadline_seconds=config.sampling.deadline_seconds
+                self._clock,
+                self._table,
+                known=known_devices(self._disk),
+                deadline_seconds=config.sampling.deadline_seconds,
             ),
             attributor=EnvironmentAttributor(processes, self._registry),
             disk=self._disk,
@@ -214,6 +219,14 @@ class Daemon:
 
     def _oldest_age_seconds(self) -> float:
         return self._spool.oldest_age_ns(self._clock.wall_unix_ns()) / NS_PER_SECOND
+
+
+def known_devices(disk: Disk) -> tuple[Device, ...]:
+    """Devices that the last agent saw: they are expected until they answer again."""
+    memory = stream.recall(disk)
+    if memory is None:
+        return ()
+    return tuple(state.anchor.device for state in memory.meter.devices.values())
 
 
 def make_clock(config: AgentConfig) -> clocks.Clock:

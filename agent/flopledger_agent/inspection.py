@@ -29,7 +29,8 @@ if TYPE_CHECKING:
     from flopledger_agent.config import AgentConfig
     from flopledger_agent.gpus.interface import NodeSample
 
-SAMPLES: Final = 3  # the first begins the means, the second tells the counters' scale
+SAMPLES_MIN: Final = 2  # the first begins the means
+SAMPLES_MAX: Final = 6  # a device may need some to tell the scale of its counters
 BETWEEN_SAMPLES_SECONDS: Final = 0.3  # GPM refreshes every 100 ms
 
 
@@ -74,7 +75,10 @@ def inspect(config: AgentConfig) -> Inspection:
     attributor = EnvironmentAttributor(processes, TagRegistry(processes))
     pause = threading.Event()
     sample = source.sample()
-    for _ in range(SAMPLES - 1):
+    for number in range(2, SAMPLES_MAX + 1):
+        warming = any(failure.reason == "warming_up" for failure in sample.failures)
+        if number > SAMPLES_MIN and not warming:
+            break
         pause.wait(BETWEEN_SAMPLES_SECONDS)
         sample = source.sample()
     owners = tuple(

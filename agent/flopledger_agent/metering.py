@@ -277,10 +277,10 @@ def _cycles_between(
         if counted is not None:
             return "gpm_cycles", counted, False
         flags.append("counter_reset")
-        absent["cycles"] = "a cycle counter restarted between two readings"
+        absent["cycles"] = "counter_restarted"
     elif sample.utilization is not None and not dark:
         if sample.sm_clock_khz is None or sample.device.sm_count is None:
-            absent["cycles"] = "utilisation without SM clock or SM count gives no cycles"
+            absent["cycles"] = "no_sm_clock_or_count"
         else:
             span_ns = sample.boot_ns - anchor.boot_ns
             elapsed = sample.device.sm_count * sample.sm_clock_khz * span_ns
@@ -289,11 +289,11 @@ def _cycles_between(
                 micro[name] = elapsed * ratio.numerator // ratio.denominator
             return sample.tier, micro, True
     elif dark:
-        absent["cycles"] = "dark time, and no cumulative cycle counter bridges it"
+        absent["cycles"] = "dark_time"
     elif sample.cycles is not None:
-        absent["cycles"] = "the first reading of a cumulative counter measures nothing yet"
+        absent["cycles"] = "first_reading"
     else:
-        absent.setdefault("cycles", "no activity counter answered")
+        absent.setdefault("cycles", "no_activity_counter")
     return "none", {}, False
 
 
@@ -304,7 +304,7 @@ def _counted(before: Cycles, now: Cycles, absent: dict[str, str]) -> dict[str, i
         earlier: int | None = getattr(before, name)
         later: int | None = getattr(now, name)
         if earlier is None or later is None:
-            absent.setdefault(f"cycles.{name}", "not readable at both ends of the window")
+            absent.setdefault(f"cycles.{name}", "not_readable_at_both_ends")
             continue
         delta = counter_delta(earlier, later)
         if delta.restarted:
@@ -317,12 +317,12 @@ def _energy_between(
     anchor: Anchor, sample: GpuSample, absent: dict[str, str], flags: list[str]
 ) -> int | None:
     if sample.energy_mj is None or anchor.energy_mj is None:
-        absent.setdefault("energy", "the energy counter was not readable at both ends")
+        absent.setdefault("energy", "not_readable_at_both_ends")
         return None
     delta = counter_delta(anchor.energy_mj, sample.energy_mj)
     if delta.restarted:
         flags.append("counter_reset")
-        absent["energy"] = "the energy counter restarted between two readings"
+        absent["energy"] = "counter_restarted"
         return None
     return delta.amount
 
@@ -400,7 +400,7 @@ def _records(window: Window) -> list[Closed]:
             energy_origin="absent" if energies is None else "counter",
             energy_counter_mj=last.energy_counter_mj,
             sm_clock_khz=None if first.sm_clock_khz is None else window.clock_khz_ns // span_ns,
-            absent=first.absent | {"allocated_time": "no scheduler source is configured"},
+            absent=first.absent | {"allocated_time": "no_scheduler_source"},
             flags=tuple(sorted(flags)),
             user_commitment=None,
         )
@@ -424,7 +424,7 @@ def _gap(window: Window, claims: list[Claim], start_ms: int, end_ms: int) -> Clo
     """Nothing was readable: a gap of the one owner, or of nobody where there were several."""
     claim = claims[0] if len(claims) == 1 else UNKNOWN_CLAIM
     first = window.first
-    reason = first.absent.get("cycles") or first.absent.get("energy") or "nothing was readable"
+    reason = first.absent.get("cycles") or first.absent.get("energy") or "nothing_readable"
     return Closed(
         record=GapRecord(
             device=first.device,
@@ -453,7 +453,7 @@ def _reboot_gap(anchor: Anchor, now_unix_ns: int) -> Closed:
             owner=UNATTRIBUTED_OWNER,
             attribution=Attribution(source="none", evidence=UNKNOWN_CLAIM.evidence),
             precision=None,
-            reason="the node restarted: no counter bridges the time between two boots",
+            reason="node_restarted",
             flags=(),
             user_commitment=None,
         ),

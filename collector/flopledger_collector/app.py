@@ -19,7 +19,7 @@ from typing import Any, Final
 import msgspec
 import uvicorn
 from litestar import Litestar, Request, Response
-from litestar.exceptions import HTTPException
+from litestar.exceptions import HTTPException, ValidationException
 from litestar.openapi.config import OpenAPIConfig
 from litestar.openapi.plugins import JsonRenderPlugin
 from litestar.types import ASGIApp, Receive, Scope, Send
@@ -125,7 +125,16 @@ def _http_refusal(request: AnyRequest, error: HTTPException) -> Response[bytes]:
     if error.status_code == 405:
         sentence = f"method is {request.method}: this path answers another one; see /schema"
         return _sentence(request, 405, sentence)
+    if isinstance(error, ValidationException):
+        return _sentence(request, 400, _invalid_parameters(error))
     return _sentence(request, error.status_code, str(error.detail))
+
+
+def _invalid_parameters(error: ValidationException) -> str:
+    """The parameters that are wrong, each with what is wrong about it."""
+    found = error.extra if isinstance(error.extra, list) else []
+    parts = [f"{one.get('key', 'request')}: {one.get('message', 'invalid')}" for one in found]
+    return "; ".join(parts) or str(error.detail)
 
 
 def _invalid(request: AnyRequest, error: InvalidInput) -> Response[bytes]:

@@ -48,6 +48,8 @@ class LedgerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
     simulated: bool = False
     """True only for demonstrations: simulated batches count. Elsewhere they are disputed."""
+    provenance: tuple[Annotated[str, Meta(min_length=1, max_length=1024)], ...] = ()
+    """Sentences that every statement prints: where this ledger's inputs come from."""
 
 
 class TrustedKey(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

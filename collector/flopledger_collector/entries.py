@@ -248,7 +248,7 @@ def _without_duplicates(
 ) -> tuple[tuple[PersonRecord, ...], tuple[str, ...]]:
     """Records not imported before, and the import keys of the others."""
     keys = [record.import_key for record in records if isinstance(record, ImportedHours)]
-    known = set(journal.import_places(keys)) if keys else set()
+    known: set[str] = set(journal.import_places(keys)) if keys else set()
     fresh: list[PersonRecord] = []
     duplicates: list[str] = []
     for record in records:

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from flopledger_collector.writer import IngestCounts
     from flopledger_core.bounds import Bounds
 
-CONTENT_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
+CONTENT_TYPE: Final = "text/plain; version=0.0.4"  # the server adds the character set
 PAGE_AGE_MAX_NS: Final = NS_PER_SECOND  # scrapers ask every few seconds; evaluating costs more
 # Opened projects are always shown. Names that only usage brought could be made without end by a
 # broken tag, and each costs some forty series, so beyond this many they are only counted.

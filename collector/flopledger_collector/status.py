@@ -32,6 +32,15 @@ READ_ATTEMPTS_MAX: Final = 4  # accounts are read one by one; the fold may move 
 PROJECTS_NAMED_MAX: Final = 8  # projects that an error sentence lists
 COST_PREFIX: Final = "declared_cost_cents_"
 
+MODEL_FLOP: Final = ("model_flop_low", "model_flop", "model_flop_high")
+
+# Quantity -> the sums by which a declaration speaks of it.
+SPOKEN_OF: Final[dict[str, tuple[str, ...]]] = {
+    "flop": ("declared_flop", "declared_flop_high"),
+    "energy_mj": ("declared_energy_mj",),
+    "gpu_time_ms": ("declared_gpu_time_ms",),
+}
+
 
 class Reader(Protocol):
     """What evaluation asks of a ledger."""
@@ -101,6 +110,12 @@ class Usage(msgspec.Struct, frozen=True, kw_only=True):
     cost_cents: dict[str, Bounds]  # by currency
     records: int
     disputed_records: int
+    # Absent is not zero: records of lines that say nothing of a quantity, by quantity.
+    silent_records: dict[str, int]
+
+    def known(self, quantity: str, amount: Bounds) -> Bounds | None:
+        """`amount` where at least one record speaks of the quantity, else None."""
+        return None if self.silent_records.get(quantity, 0) == self.records else amount
 
 
 class PolicyTotals(msgspec.Struct, frozen=True, kw_only=True):
@@ -306,8 +321,18 @@ def project_status(
         budgets=tuple(
             evaluate_budget(budget, _budget_use(budget, usage, shared)) for budget in budgets
         ),
-        reasons=tuple(dict.fromkeys((*usage.work.reasons, *shared.work.reasons))),
+        reasons=reasons_of(totals.lines, usage, shared),
     )
+
+
+def reasons_of(lines: Iterable[Line], usage: Usage, shared: Usage) -> tuple[str, ...]:
+    """Why bounds are open or wide, each reason once."""
+    found = [*usage.work.reasons, *shared.work.reasons]
+    for line in lines:
+        for quantity, name in (("energy_mj", "energy"), ("gpu_time_ms", "GPU time")):
+            if _leaves_open(line, quantity):
+                found.append(f"declared {line.activity} work states no {name}: it is open upwards")
+    return tuple(dict.fromkeys(found))
 
 
 def policy_totals(
@@ -348,26 +373,60 @@ def usage_of(lines: Iterable[Line]) -> Usage:
         works=by_activity,
         work=total_work(list(by_activity.values())),
         model_flop=total(model_flop_of(line) for line in chosen),
-        energy_mj=total(line.energy_mj for line in chosen),
+        energy_mj=total(energy_of(line) for line in chosen),
         gpu_time_ms=total(gpu_time_of(line) for line in chosen),
         gap_time_ms=sum(line.sums.get("gap_time_ms", 0) for line in chosen),
         cost_cents=dict(sorted(costs.items())),
         records=sum(line.records for line in chosen),
         disputed_records=sum(line.records for line in chosen if line.standing == "disputed"),
+        silent_records={
+            quantity: sum(line.records for line in chosen if not speaks_of(line, quantity))
+            for quantity in SPOKEN_OF
+        },
     )
 
 
+def speaks_of(line: Line, quantity: str) -> bool:
+    """Whether a line says anything of a quantity; meters and gaps always do, people may not."""
+    if line.tier != "declared":
+        return True
+    return any(line.sums.get(name) for name in SPOKEN_OF[quantity])
+
+
 def gpu_time_of(line: Line) -> Bounds:
-    """GPU time of a line in ms: metered, imported and declared; a gap may or may not be use."""
+    """GPU time of a line in ms: metered, imported, declared; a gap may or may not be use.
+
+    Open where work is declared and its GPU time is not.
+    """
     names = ("gpu_time_ms", "hours_time_ms", "declared_gpu_time_ms")
     known = sum(line.sums.get(name, 0) for name in names)
-    return _stands(line, known, known + line.sums.get("gap_time_ms", 0))
+    bounds = _stands(line, known, known + line.sums.get("gap_time_ms", 0))
+    return _open(bounds) if _leaves_open(line, "gpu_time_ms") else bounds
+
+
+def energy_of(line: Line) -> Bounds:
+    """Energy of a line at the chip in mJ; open where work is declared and its energy is not."""
+    return _open(line.energy_mj) if _leaves_open(line, "energy_mj") else line.energy_mj
+
+
+def said(line: Line, quantity: str, amount: Bounds) -> Bounds | None:
+    """`amount` where the line speaks of the quantity, else None: absent is not zero."""
+    return amount if speaks_of(line, quantity) else None
+
+
+def _leaves_open(line: Line, quantity: str) -> bool:
+    """Whether a line declares work and says nothing of a quantity that the work must have had."""
+    declares_work = speaks_of(line, "flop") or any(line.sums.get(name) for name in MODEL_FLOP)
+    return declares_work and not speaks_of(line, quantity)
+
+
+def _open(bounds: Bounds) -> Bounds:
+    return Bounds(low=bounds.low, central=bounds.central, high=None)
 
 
 def model_flop_of(line: Line) -> Bounds:
     """FLOP that a person declared from an architecture; executed FLOP is apart from it."""
-    names = ("model_flop_low", "model_flop", "model_flop_high")
-    low, central, high = (line.sums.get(name, 0) for name in names)
+    low, central, high = (line.sums.get(name, 0) for name in MODEL_FLOP)
     if line.standing == "disputed":
         return Bounds(low=0, central=0, high=high)
     return Bounds(low=low, central=central, high=high)

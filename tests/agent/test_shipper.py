@@ -164,7 +164,7 @@ def responder() -> Iterator[tuple[type[Responder], str]]:
     yield Answering, f"http://127.0.0.1:{server.server_address[1]}"
     server.shutdown()
     server.server_close()
-    thread.join()
+    thread.join(10)
 
 
 @pytest.mark.parametrize(

@@ -24,10 +24,12 @@ from flopledger_core.batch import (
 from flopledger_core.identity import IDLE_OWNER, UNATTRIBUTED_OWNER, Owner
 from flopledger_core.records import (
     Attribution,
+    BudgetSet,
     Cycles,
     Device,
     GapRecord,
     ImportedHours,
+    ProjectOpened,
     UsageRecord,
 )
 from flopledger_core.signing import SigningKey
@@ -66,7 +68,12 @@ class TestClock:
 
 def project_owner(project: str = "atlas", **fields: Any) -> Owner:
     """The owner of a project's training."""
-    return Owner(**{"kind": "attributed", "project": project, "activity": "pretrain"} | fields)
+    defaults: dict[str, Any] = {
+        "kind": "attributed",
+        "project": project,
+        "activity": "pretrain",
+    }
+    return Owner(**(defaults | fields))
 
 
 def usage(
@@ -183,8 +190,9 @@ class StreamSealer:
             name=tuple(self._salt() for _ in records),
         )
         leaves = make_leaves(records, [None] * len(records), salts)
-        start = min((record.start_unix_ms for record in records if _placed(record)), default=None)
-        end = max((record.end_unix_ms for record in records if _placed(record)), default=None)
+        placed = [record for record in records if not isinstance(record, ProjectOpened | BudgetSet)]
+        start = min((record.start_unix_ms for record in placed), default=START_UNIX_MS)
+        end = max((record.end_unix_ms for record in placed), default=START_UNIX_MS)
         header = BatchHeader(
             schema_version=1,
             ledger_id=None,
@@ -198,11 +206,9 @@ class StreamSealer:
             cluster="west",
             program="flopledger-agent 0.1.0",
             boot_id="boot-1",
-            window_start_unix_ms=START_UNIX_MS if start is None else start,
-            window_end_unix_ms=START_UNIX_MS if end is None else end,
-            sealed=ClockState(
-                boot_ms=1_000, unix_ms=START_UNIX_MS if end is None else end, synchronised=True
-            ),
+            window_start_unix_ms=start,
+            window_end_unix_ms=end,
+            sealed=ClockState(boot_ms=1_000, unix_ms=end, synchronised=True),
             simulated=False,
             record_count=len(records),
             merkle_root=merkle_root(leaves),
@@ -220,10 +226,6 @@ class StreamSealer:
     def _salt(self) -> str:
         self._salts_drawn += 1
         return f"{self._salts_drawn:032x}"
-
-
-def _placed(record: Record) -> bool:
-    return isinstance(record, (UsageRecord, GapRecord, ImportedHours))
 
 
 IDLE: Final = IDLE_OWNER

@@ -1,4 +1,4 @@
-"""People's entries: one stream a project, signed by the collector, refused when they cannot stand."""
+"""People's entries: a stream a project, signed by the collector, refused if they cannot stand."""
 
 from __future__ import annotations
 

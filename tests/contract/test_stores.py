@@ -94,9 +94,14 @@ def test_what_is_written_is_read_back(database: Database) -> None:
 
 def test_a_failed_block_leaves_nothing(database: Database) -> None:
     """All of a transaction or none of it."""
-    with pytest.raises(RuntimeError), database.writing() as writing:
-        writing.journal.write(Changes(entries=[_entry(0)], streams=[_state(0)]))
-        raise RuntimeError
+
+    def fail() -> None:
+        with database.writing() as writing:
+            writing.journal.write(Changes(entries=[_entry(0)], streams=[_state(0)]))
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fail()
     with database.reading() as reading:
         assert reading.journal_entries() == 0
 

@@ -26,7 +26,7 @@ MINUTE_MS = 60_000
 ELAPSED = 132 * 1_755_000_000 * 60
 
 
-def usage(**changes: Any) -> UsageRecord:  # noqa: ANN401 (any field, any value)
+def usage(**changes: Any) -> UsageRecord:
     """One minute of an H100 at 1,755 MHz, half its tensor pipe busy with BF16."""
     fields: dict[str, Any] = {
         "device": H100,
@@ -60,7 +60,7 @@ def usage(**changes: Any) -> UsageRecord:  # noqa: ANN401 (any field, any value)
 def sealed(  # any header field may be changed
     records: list[Record],
     users: list[str | None] | None = None,
-    **changes: Any,  # noqa: ANN401
+    **changes: Any,
 ) -> bytes:
     """A batch over `records`, signed by KEY; `changes` replace header fields before signing."""
     salts = Salts(

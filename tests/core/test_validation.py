@@ -16,7 +16,7 @@ from tests.core.sealed import ELAPSED, sealed, usage
 TABLE = load_table()
 
 
-def codes(*records: Record, **header: Any) -> list[str]:  # noqa: ANN401 (header fields)
+def codes(*records: Record, **header: Any) -> list[str]:
     """The codes of a batch's findings."""
     return [finding.code for finding in findings(decode(sealed(list(records), **header)), TABLE)]
 

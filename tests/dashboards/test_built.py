@@ -6,8 +6,8 @@ import sys
 from typing import Any, Final, get_args
 
 import pytest
-from dashboards import build
 
+from dashboards import build
 from flopledger_collector.instruments.evaluation import Verdict
 from tests.dashboards.queries import FOLDER, dashboards, panel_queries, panels, variables
 

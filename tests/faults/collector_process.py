@@ -1,4 +1,4 @@
-"""A process that tests kill: a real ledger, real senders, a line on stdout for each acknowledgement.
+"""A process that tests kill: a real ledger, real senders, a printed line for each acknowledgement.
 
 `ingest` sends every stream's minutes from the beginning, as agents do that lost their answers, and
 folds meanwhile; `post` posts people's entries beside it, as a command does. A line is printed only

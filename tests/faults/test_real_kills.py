@@ -124,7 +124,9 @@ class Cluster:
         database = self.root / "ledger" / "ledger.sqlite3"
         if not database.exists():
             return []
-        with closing(sqlite3.connect(f"file:{database}?mode=ro", uri=True)) as connection:
+        with closing(
+            sqlite3.connect(f"file:{database}?mode=ro", uri=True, timeout=10)
+        ) as connection:
             try:
                 rows = connection.execute(
                     "SELECT content FROM journal ORDER BY stream_id, sequence"

@@ -25,7 +25,12 @@ from rich.markdown import Markdown
 
 from flopledger_collector.demo import screen
 from flopledger_collector.demo.processes import Family
-from flopledger_collector.demo.stage import post_opening_entries, set_stage, write_agents
+from flopledger_collector.demo.stage import (
+    post_opening_entries,
+    provenance_toml,
+    set_stage,
+    write_agents,
+)
 from flopledger_collector.errors import CollectorError
 
 if TYPE_CHECKING:
@@ -139,7 +144,7 @@ def _budget_exceeded(status: dict[str, Any]) -> bool:
 def _status(stage: Stage) -> dict[str, Any] | None:
     """The collector's status once a sealed minute is in it."""
     found: dict[str, Any] = json.loads(_get(f"{stage.url}/v1/status"))
-    metered = any(int(project["own"]["gpu_time_ms"]["high"]) for project in found["projects"])
+    metered = any(int(project["own"]["gpu_time_ms"]["central"]) for project in found["projects"])
     return found if metered else None
 
 
@@ -181,28 +186,13 @@ def _save(stage: Stage, output: Path) -> None:
     for project in PROJECTS:
         for form, ending in (("markdown", "md"), ("json", "json")):
             content = _get(f"{stage.url}/v1/projects/{project}/statement?format={form}")
-            if form == "markdown":
-                content += provenance_text(stage).encode()
             (output / f"statement-{project}.{ending}").write_bytes(content)
-    config = stage.collector_file.read_text(encoding="utf-8")
-    kept = config.replace(f'"{stage.directory}/collector"', f'"{output.resolve()}/ledger"')
-    (output / "collector.toml").write_text(kept, encoding="utf-8")
-
-
-def provenance_text(stage: Stage) -> str:
-    """Which inputs of the demo were recorded and which are synthetic, as Markdown."""
-    lines = [
-        "",
-        "## Inputs of this demonstration",
-        "",
-        "| input | kind | source | licence | changed |",
-        "| --- | --- | --- | --- | --- |",
-    ]
-    lines += [
-        f"| {item.what} | **{item.kind}** | {item.source} | {item.licence} | {item.changes} |"
-        for item in stage.cluster.provenance
-    ]
-    return "\n".join(lines) + "\n"
+    (output / "collector.toml").write_text(
+        f"# The ledger of a demonstration, to be read on the calendar's own time.\n"
+        f'[state]\ndirectory = "{output.resolve()}/ledger"\n[ledger]\nsimulated = true\n'
+        f"provenance = {provenance_toml()}\n",
+        encoding="utf-8",
+    )
 
 
 def _say_inputs(console: Console, stage: Stage) -> None:

@@ -5,6 +5,7 @@ Everything lies in one temporary directory; nothing outside it is touched.
 
 from __future__ import annotations
 
+import json
 import socket
 import time
 from contextlib import closing
@@ -15,6 +16,7 @@ import msgspec
 from flopledger_collector.clocks import ScaledClockConfig
 from flopledger_collector.config import parse_config
 from flopledger_collector.demo.cluster import build_cluster
+from flopledger_collector.demo.recorded import PROVENANCE
 from flopledger_collector.handle import open_ledger
 from flopledger_core.records import BudgetSet, Declaration, ProjectOpened
 from flopledger_core.units import MS_PER_DAY, NS_PER_MS, NS_PER_SECOND
@@ -80,7 +82,8 @@ def set_stage(directory: Path, nodes: int, seconds: int, seed: int) -> Stage:
     text = (
         f'[web]\nlisten_address = "127.0.0.1:{ports[0]}"\n'
         f'[state]\ndirectory = "{directory}/collector"\n'
-        "[ledger]\nsimulated = true\n" + clock_table(clock)
+        "[ledger]\nsimulated = true\n"
+        f"provenance = {provenance_toml()}\n" + clock_table(clock)
     )
     (directory / "collector.toml").write_text(text, encoding="utf-8")
     cluster = build_cluster(
@@ -102,7 +105,7 @@ def set_stage(directory: Path, nodes: int, seconds: int, seed: int) -> Stage:
 def write_agents(stage: Stage) -> None:
     """Write each node's scenario and configuration; the schedule begins now."""
     start_ns = stage.virtual_elapsed_ns() + NS_PER_SECOND
-    for node, url in zip(stage.cluster.nodes, stage.agent_urls, strict=True):
+    for index, (node, url) in enumerate(zip(stage.cluster.nodes, stage.agent_urls, strict=True)):
         directory = stage.directory / node.name
         directory.mkdir()
         (directory / "scenario.toml").write_text(
@@ -112,13 +115,22 @@ def write_agents(stage: Stage) -> None:
             f'[collector]\nurl = "{stage.url}"\njitter_seconds = 5\n'
             f'[node]\nname = "{node.name}"\ncluster = "{node.cluster}"\n'
             f'[state]\ndirectory = "{directory}/state"\n'
-            f'[tags]\nsocket = "{directory}/tags.sock"\n'
+            f'[tags]\nsocket = "{stage.directory}/{index}"\n'
             f'[web]\nlisten_address = "{url.removeprefix("http://")}"\n'
             f"[sampling]\ninterval_seconds = {TICK_SECONDS}\n"
             f'[gpus]\ndriver = "simulated"\nscenario = "{directory}/scenario.toml"\n'
             + clock_table(stage.clock),
             encoding="utf-8",
         )
+
+
+def provenance_toml() -> str:
+    """The demo's inputs as sentences for every statement, as a TOML array."""
+    sentences = [
+        f"{item.kind}: {item.what}. Source: {item.source} ({item.licence}). Here: {item.changes}."
+        for item in PROVENANCE
+    ]
+    return json.dumps(sentences)  # a JSON array of strings is a TOML one
 
 
 def clock_table(clock: ScaledClockConfig) -> str:

@@ -6,13 +6,13 @@ An open high end is written as such and never as a number.
 
 from __future__ import annotations
 
+import re
 from datetime import UTC, datetime
 from fractions import Fraction
 from typing import TYPE_CHECKING, Final
 
 from flopledger_core.units import (
     MS_PER_SECOND,
-    ceil_div,
     decimal_text,
     gpu_hours,
     kilowatt_hours,
@@ -26,8 +26,15 @@ if TYPE_CHECKING:
     from flopledger_core.bounds import Bounds
 
 OPEN: Final = "open"
-SMALLEST_PLAIN_PER_CENT: Final = Fraction(1, 1000)  # below it a power of ten reads better
+ABSENT: Final = "-"
+SMALLEST_THREE_DIGITS: Final = Fraction(1, 1000)  # per cent; below it two digits say enough
+PLAIN_PLACES_MAX: Final = 6  # decimal places; beyond them a power of ten reads better
+LARGEST_PER_CENT: Final = Fraction(1000)  # from ten times on, "times" reads better
 CENTS_PER_UNIT: Final = 100
+# Control characters and those that turn the direction of text: they could forge a line.
+_CONTROL: Final = re.compile(
+    r"[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028\u2029\u202a-\u202e\u2066-\u2069]+"
+)
 
 UNITS: Final[dict[str, str]] = {
     "flop": "FLOP",
@@ -43,6 +50,11 @@ VERDICT_WORDS: Final[dict[str, str]] = {
     "undetermined": "undetermined",
     "not_in_force": "not in force",
 }
+
+
+def one_line(text: str | None) -> str:
+    """Text from outside as one harmless line; a dash for none."""
+    return _CONTROL.sub(" ", text) if text else ABSENT
 
 
 def amount(quantity: str, value: int) -> str:
@@ -70,19 +82,19 @@ def span(bounds: Bounds, write: Callable[[int], str]) -> str:
     return f"{central} [{write(bounds.low)}, {high}]"
 
 
-def flop(bounds: Bounds) -> str:
-    """Bounds in FLOP, or in operations."""
-    return span(bounds, scientific)
+def flop(bounds: Bounds | None) -> str:
+    """Bounds in FLOP, or in operations; a dash where nothing speaks of them."""
+    return ABSENT if bounds is None else span(bounds, scientific)
 
 
-def energy(bounds: Bounds) -> str:
-    """Bounds in mJ as kWh, without the unit."""
-    return span(bounds, kilowatt_hours)
+def energy(bounds: Bounds | None) -> str:
+    """Bounds in mJ as kWh, without the unit; a dash where nothing speaks of energy."""
+    return ABSENT if bounds is None else span(bounds, kilowatt_hours)
 
 
-def hours(bounds: Bounds) -> str:
-    """Bounds in ms of GPU time as GPU-hours, without the unit."""
-    return span(bounds, gpu_hours)
+def hours(bounds: Bounds | None) -> str:
+    """Bounds in ms of GPU time as GPU-hours, without the unit; a dash where nothing does."""
+    return ABSENT if bounds is None else span(bounds, gpu_hours)
 
 
 def quantity_span(quantity: str, bounds: Bounds) -> str:
@@ -95,7 +107,9 @@ def per_cent(share: Fraction) -> str:
     value = share * 100
     if value == 0:
         return "0 %"
-    if value < SMALLEST_PLAIN_PER_CENT:
+    if value >= LARGEST_PER_CENT:
+        return f"{scientific(int(share))} times"
+    if value < SMALLEST_THREE_DIGITS:
         return f"{_small(value)} %"
     places = 0 if value >= 100 else 1 if value >= 10 else 2 if value >= 1 else 4
     text = decimal_text(value.numerator, value.denominator, places)
@@ -103,11 +117,13 @@ def per_cent(share: Fraction) -> str:
 
 
 def _small(value: Fraction) -> str:
-    exponent = 0
-    while value < 1:
-        value *= 10
+    exponent, mantissa = 0, value
+    while mantissa < 1:
+        mantissa *= 10
         exponent -= 1
-    digits = decimal_text(value.numerator, value.denominator, 1)
+    if 1 - exponent <= PLAIN_PLACES_MAX:
+        return decimal_text(value.numerator, value.denominator, 1 - exponent)
+    digits = decimal_text(mantissa.numerator, mantissa.denominator, 1)
     return f"{digits.removesuffix('.0')}e{exponent}"
 
 
@@ -125,11 +141,6 @@ def ratio(reached: Ratio | None) -> str:
 def instant(unix_ms: int | None) -> str:
     """An instant in UTC to the second; a dash for none."""
     if unix_ms is None:
-        return "-"
+        return ABSENT
     moment = datetime.fromtimestamp(unix_ms // MS_PER_SECOND, tz=UTC)
     return moment.strftime("%Y-%m-%d %H:%M:%SZ")
-
-
-def duration_seconds(time_ms: int) -> int:
-    """Whole seconds, rounded up: an age is never shown shorter than it is."""
-    return ceil_div(time_ms, MS_PER_SECOND)

@@ -28,6 +28,7 @@ from flopledger_collector.status import (
     PolicyTotals,
     ProjectStatus,
     Usage,
+    energy_of,
     gpu_time_of,
 )
 from flopledger_core.bounds import Bounds
@@ -87,6 +88,7 @@ def usage_document(usage: Usage) -> Document:
         "cost_cents": {name: bounds_document(cost) for name, cost in usage.cost_cents.items()},
         "records": usage.records,
         "disputed_records": usage.disputed_records,
+        "silent_records": usage.silent_records,
     }
 
 
@@ -216,7 +218,7 @@ def line_document(line: Line) -> Document:
         "first_unix_ms": line.first_unix_ms,
         "last_unix_ms": line.last_unix_ms,
         "gpu_time_ms": bounds_document(gpu_time_of(line)),
-        "energy_mj": bounds_document(line.energy_mj),
+        "energy_mj": bounds_document(energy_of(line)),
         **work_document(line.work),
         "reasons": list(line.work.reasons),
         "sums": {name: str(amount) for name, amount in line.sums.items()},

@@ -17,7 +17,7 @@ from flopledger_collector.reports.statement import (
     Statement,
     precision_of,
 )
-from flopledger_collector.status import integer_operations
+from flopledger_collector.status import integer_operations, said
 from flopledger_core.units import decimal_text, gpu_hours, kilowatt_hours, scientific
 
 if TYPE_CHECKING:
@@ -25,15 +25,12 @@ if TYPE_CHECKING:
 
     from flopledger_core.records import Declaration
 
-_SPECIAL = re.compile(r"([\\`*_{}\[\]<>()#|~!&])")
-_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]+")
+_SPECIAL = re.compile(r"([\\`*_{}\[\]<>#|~&])")
 
 
 def text(value: str | None) -> str:
     """Text from outside as one line that Markdown leaves alone; a dash for none."""
-    if value is None or value == "":
-        return "-"
-    return _SPECIAL.sub(r"\\\1", _CONTROL.sub(" ", value))
+    return _SPECIAL.sub(r"\\\1", figures.one_line(value))
 
 
 def statement_markdown(statement: Statement) -> str:
@@ -88,7 +85,7 @@ def _header(statement: Statement) -> Iterator[str]:
         )
         yield ""
     yield from _table(
-        ("", ""),
+        ("Field", "Value"),
         (
             ("Title", text(info.title)),
             ("Entity", text(info.entity)),
@@ -145,12 +142,15 @@ def _summary(statement: Statement) -> Iterator[str]:
         ),
     )
     rows = [
-        ("Executed FLOP, its own work", figures.flop(usage.work.flop)),
+        ("Executed FLOP, its own work", figures.flop(usage.known("flop", usage.work.flop))),
         ("... with work of unknown owner", figures.flop(statement.flop)),
         ("Integer operations", figures.flop(integer_operations(usage.work))),
         ("Model FLOP, declared", figures.flop(usage.model_flop)),
-        (f"Energy, kWh ({ENERGY_BOUNDARY})", figures.energy(usage.energy_mj)),
-        ("GPU-hours", figures.hours(usage.gpu_time_ms)),
+        (
+            f"Energy, kWh ({ENERGY_BOUNDARY})",
+            figures.energy(usage.known("energy_mj", usage.energy_mj)),
+        ),
+        ("GPU-hours", figures.hours(usage.known("gpu_time_ms", usage.gpu_time_ms))),
         *(
             (f"Cost, declared, {currency}", figures.quantity_span("cost_cents", cost))
             for currency, cost in usage.cost_cents.items()
@@ -195,7 +195,7 @@ def _verdict(verdict: str, would_be: str, undeclared: tuple[str, ...]) -> str:
     words = f"**{figures.VERDICT_WORDS[verdict]}**"
     if verdict == "not_in_force":
         words += f" (would be: {figures.VERDICT_WORDS[would_be]})"
-    if undeclared:
+    if verdict == "undetermined":
         words += f"; undeclared: {text(', '.join(undeclared))}"
     return words
 
@@ -247,9 +247,9 @@ def _items(statement: Statement) -> Iterator[str]:
                 text(item.line.tier),
                 text(precision_of(item.line)),
                 text(item.line.standing) + (", simulated" if item.line.simulated else ""),
-                figures.hours(item.gpu_time_ms),
-                figures.energy(item.line.energy_mj),
-                figures.flop(item.line.work.flop),
+                figures.hours(said(item.line, "gpu_time_ms", item.gpu_time_ms)),
+                figures.energy(said(item.line, "energy_mj", item.energy_mj)),
+                figures.flop(said(item.line, "flop", item.line.work.flop)),
                 figures.flop(integer_operations(item.line.work)),
                 text(item.method),
             )
@@ -318,7 +318,7 @@ def _unmetered(statement: Statement) -> Iterator[str]:
     lines = [
         f"Item {item.number}: {gpu_hours(item.line.sums['gap_time_ms'])} GPU-hours nobody "
         f"metered; FLOP {figures.flop(item.line.work.flop)}, "
-        f"kWh {figures.energy(item.line.energy_mj)}."
+        f"kWh {figures.energy(item.energy_mj)}."
         for item in statement.gaps
     ]
     lines += [
@@ -347,10 +347,10 @@ def _reconciliation(statement: Statement) -> Iterator[str]:
         (
             (
                 name,
-                figures.hours(usage.gpu_time_ms),
+                figures.hours(usage.known("gpu_time_ms", usage.gpu_time_ms)),
                 gpu_hours(usage.gap_time_ms),
-                figures.energy(usage.energy_mj),
-                figures.flop(usage.work.flop),
+                figures.energy(usage.known("energy_mj", usage.energy_mj)),
+                figures.flop(usage.known("flop", usage.work.flop)),
             )
             for name, usage in (
                 ("this project", statement.usage),
@@ -367,8 +367,10 @@ def _policies(statement: Statement) -> Iterator[str]:
     for found in statement.policies:
         yield f"### {text(found.view.policy_title)}"
         yield ""
-        yield f"`{found.view.policy_id}` {text(found.view.policy_version)}, "
-        yield f"SHA-256 `{found.view.policy_digest}`"
+        yield (
+            f"`{found.view.policy_id}` {text(found.view.policy_version)}, "
+            f"SHA-256 `{found.view.policy_digest}`"
+        )
         yield ""
         yield from _table(
             ("Activity", "Verdict", "FLOP", "Contribution", "Rule"),

@@ -25,11 +25,13 @@ from flopledger_collector.status import (
     Reader,
     Rules,
     Usage,
+    energy_of,
     gpu_time_of,
     policy_totals,
     possible,
     project_status,
     read_accounts,
+    reasons_of,
     require_project,
     usage_of,
 )
@@ -63,7 +65,8 @@ NOTES: Final[tuple[str, ...]] = (
     ),
     (
         "Low, central and high are limits, not standard deviations; they add linearly. Low rounds "
-        "down, high rounds up."
+        "down, high rounds up; figures written for people are then cut to three digits, and the "
+        "JSON form has all of them."
     ),
     (
         "A gap contributes from zero to the device's peak at its maximum clock. Disputed records "
@@ -86,6 +89,7 @@ class LineItem(msgspec.Struct, frozen=True, kw_only=True):
     number: int
     line: Line
     gpu_time_ms: Bounds
+    energy_mj: Bounds
     method: str
 
 
@@ -183,7 +187,7 @@ def build_statement(  # noqa: PLR0913 - everything a statement depends on is nam
         budgets=status.budgets,
         items=_items(accounts.totals.lines),
         declarations=_declarations(reader, project, period),
-        reasons=tuple(dict.fromkeys((*usage.work.reasons, *shared.work.reasons))),
+        reasons=reasons_of(accounts.totals.lines, usage, shared),
         provenance=provenance,
     )
 
@@ -204,7 +208,13 @@ def _read(reader: Reader, project: str, period: Period) -> tuple[Accounts, Accou
 
 def _items(lines: Iterable[Line]) -> tuple[LineItem, ...]:
     return tuple(
-        LineItem(number=number, line=line, gpu_time_ms=gpu_time_of(line), method=method_of(line))
+        LineItem(
+            number=number,
+            line=line,
+            gpu_time_ms=gpu_time_of(line),
+            energy_mj=energy_of(line),
+            method=method_of(line),
+        )
         for number, line in enumerate(sorted(lines, key=_order), start=1)
     )
 

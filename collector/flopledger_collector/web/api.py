@@ -25,7 +25,7 @@ from flopledger_core.units import MS_PER_SECOND
 AnyRequest = Request[Any, Any, Any]
 ProjectId = Annotated[str, Parameter(description="Project id, percent-encoded as one segment.")]
 POLICIES_ASKED_MAX: Final = 32  # more than exist; a longer list is not a question
-MARKDOWN: Final = "text/markdown; charset=utf-8"
+MARKDOWN: Final = "text/markdown"  # the server adds the character set
 JSON: Final = "application/json"
 
 

@@ -14,7 +14,7 @@ from flopledger_collector.web.pages import SECURITY_HEADERS, STYLE_NAME
 
 AnyRequest = Request[Any, Any, Any]
 ProjectId = Annotated[str, Parameter(description="Project id, percent-encoded as one segment.")]
-HTML: Final = "text/html; charset=utf-8"
+HTML: Final = "text/html"  # the server adds the character set
 STYLE_AGE_SECONDS: Final = 3600
 
 
@@ -53,7 +53,7 @@ def style(request: AnyRequest) -> Response[bytes]:
     """The style sheet."""
     return Response(
         surface_of(request).pages.style,
-        media_type="text/css; charset=utf-8",
+        media_type="text/css",
         headers={"Cache-Control": f"max-age={STYLE_AGE_SECONDS}"},
     )
 

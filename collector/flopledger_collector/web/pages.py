@@ -15,7 +15,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from flopledger_collector.reports import figures
 from flopledger_collector.reports.markdown import declared_cost, declared_flop, period_text
 from flopledger_collector.reports.statement import ENERGY_BOUNDARY, NOTES, Statement, precision_of
-from flopledger_collector.status import integer_operations
+from flopledger_collector.status import integer_operations, said
 from flopledger_collector.web.bars import bar
 from flopledger_core import units
 
@@ -52,6 +52,7 @@ class Pages:
             bar=bar,
             integer_operations=integer_operations,
             precision_of=precision_of,
+            said=said,
             declared_flop=declared_flop,
             declared_cost=declared_cost,
             period_text=period_text,

@@ -72,6 +72,7 @@ class Surface:
             generated_unix_ms=self.now_unix_ms(),
             policies=policies,
             period=period,
+            provenance=self.handle.config.ledger.provenance,
         )
 
     def close(self) -> None:

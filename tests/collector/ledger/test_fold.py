@@ -19,7 +19,7 @@ from flopledger_core import exact
 from flopledger_core.bounds import total
 from flopledger_core.errors import InvalidInput
 from flopledger_core.flop import basis
-from flopledger_core.records import BudgetSet, Declaration
+from flopledger_core.records import BudgetSet, Declaration, PersonRecord
 from flopledger_core.units import MS_PER_DAY
 from tests.collector.opened import folded, opened, opening, outcomes
 from tests.collector.sealing import (
@@ -215,7 +215,8 @@ def _mixed_history(ledger: LedgerHandle, seed: int, *, fold_between: bool) -> No
             outcomes(ledger, sealer.seal(records))
         ledger.entries.post(hours(f"west:{minute % 5}"))
         if chance.random() < 0.4:
-            ledger.entries.post(chance.choice([budget(minute), opening(), declaration(minute + 1)]))
+            choices: list[PersonRecord] = [budget(minute), opening(), declaration(minute + 1)]
+            ledger.entries.post(chance.choice(choices))
         if fold_between and chance.random() < 0.5:
             ledger.folder.fold()
 

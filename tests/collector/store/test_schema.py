@@ -43,7 +43,7 @@ def test_the_migrations_sum_up_to_the_schema(tmp_path: Path) -> None:
 
     migrated = create_engine(f"sqlite:///{tmp_path}/migrated")
     assert _tables(migrated) == _tables(made)
-    assert all("STRICT" in sql for name, sql in _tables(made).items() if "CREATETABLE" in sql)
+    assert all("STRICT" in sql for sql in _tables(made).values() if "CREATETABLE" in sql)
 
 
 def test_a_database_of_a_newer_program_is_refused(tmp_path: Path) -> None:

@@ -1,0 +1,1 @@
+"""Statements and how figures are written."""

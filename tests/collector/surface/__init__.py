@@ -1,0 +1,1 @@
+"""Statuses, the Prometheus page, the pages and the HTTP API."""
