@@ -2,42 +2,45 @@
 
 Three threads that never wait for each other: the loop (the only caller of the driver), the
 shipper, and the page. A stop signal ends the loop at its next breath, seals what is open, tries to
-deliver once more within a deadline, and leaves; what was not delivered waits in the spool.
+deliver once more within a deadline, and leaves; what was not delivered waits in the spool. No step
+of stopping can keep the next one from happening.
 """
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import fcntl
 import logging
 import os
 import random
 import secrets
-import signal
 import threading
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from flopledger_agent import clocks, exposition, stream
+from flopledger_agent import clocks, exposition, spool, stream
 from flopledger_agent.attribution.owners import EnvironmentAttributor
 from flopledger_agent.attribution.processes import CombinedProcessTable, PsutilProcessTable
 from flopledger_agent.attribution.tags import TagRegistry, TagServer
 from flopledger_agent.config import listen_address
 from flopledger_agent.delivery import HttpCollector
-from flopledger_agent.disk import DirectoryDisk
-from flopledger_agent.errors import AgentError, CollectorUnreachable, StateError
+from flopledger_agent.disk import DIRECTORY_MODE, DirectoryDisk, unusable
+from flopledger_agent.errors import AgentError, StateError
 from flopledger_agent.gpus.nvml import NvmlSource
 from flopledger_agent.host.node import boot_id, clock_is_synchronised
 from flopledger_agent.keys import load_or_create_key
 from flopledger_agent.loop import AgentLoop, LoopFacts
-from flopledger_agent.shipper import DURABLE, Shipper
-from flopledger_agent.spool import Spool
+from flopledger_agent.shipper import Shipper
+from flopledger_agent.shipping import Shipping
 from flopledger_core import __version__
 from flopledger_core.accelerators import load_table
 from flopledger_core.units import NS_PER_SECOND
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
+    from http.server import ThreadingHTTPServer
 
     from flopledger_agent.attribution.interface import ProcessTable
     from flopledger_agent.config import AgentConfig
@@ -46,9 +49,8 @@ if TYPE_CHECKING:
     from flopledger_core.records import Device
 
 PROGRAM: Final = f"flopledger-agent {__version__}"
-SHIP_IDLE_SECONDS: Final = 0.5  # how often the shipper looks at the spool, in the clock's time
-STOP_DELIVERY_SECONDS: Final = 5.0  # a stopping agent tries to deliver for this long
-THREAD_JOIN_SECONDS: Final = 10.0
+STALL_SECONDS: Final = 30.0  # real time without a tick after which the agent is not well
+STALL_TICKS: Final = 5  # and as many intervals: a slow rhythm is no stall
 LOCK_FILE: Final = "agent.lock"
 
 log = logging.getLogger("flopledger.agent")
@@ -57,18 +59,18 @@ log = logging.getLogger("flopledger.agent")
 class Daemon:
     """Every part of a running agent; `run` returns the exit status."""
 
-    def __init__(self, config: AgentConfig) -> None:
+    def __init__(self, config: AgentConfig, stop: threading.Event) -> None:
         self._config = config
+        self._stop = stop  # set from outside: a signal came
         self._clock = make_clock(config)
-        self._disk = DirectoryDisk(Path(config.state.directory))
-        self._lock = lock_state(self._disk.root)
+        self._lock = lock_state(Path(config.state.directory))  # before anything in it is touched
+        self._disk = DirectoryDisk(
+            Path(config.state.directory), (spool.DIRECTORY, spool.QUARANTINE)
+        )
         self._driver = install_simulated_driver(config, self._clock)
         self._table = load_table()
-        self._spool = Spool(self._disk, config.spool.max_bytes)
+        self._spool = spool.Spool(self._disk, config.spool.max_bytes)
         self._shipper = Shipper(self._spool, random.random)
-        self._collector = HttpCollector(
-            config.collector.url, config.collector.timeout_seconds, PROGRAM
-        )
         processes = process_table(self._driver)
         self._registry = TagRegistry(processes)
         self._tag_server = TagServer(Path(config.tags.socket), self._registry)
@@ -96,53 +98,98 @@ class Daemon:
             random_bytes=secrets.token_bytes,
             synchronised=clock_is_synchronised,
         )
+        self._shipping = Shipping(
+            loop=self._loop,
+            spool=self._spool,
+            shipper=self._shipper,
+            collector=HttpCollector(
+                config.collector.url, config.collector.timeout_seconds, PROGRAM
+            ),
+            clock=self._clock,
+            jitter_ns=jitter_ns(config),
+        )
         self._tick_ns = tick_ns
-        self._stop = threading.Event()
         self._ticks = 0
         self._tick_seconds = 0.0
-        self._server = exposition.make_server(
-            exposition.AgentExposition(
-                view=lambda: self._loop.view,
-                counts=self._loop.meters.counts,
-                shipping=self._shipping_counts,
-                ticks=lambda: (self._ticks, self._tick_seconds),
-                table=self._table,
-                version=__version__,
-                simulated=config.simulated,
-            ),
-            listen_address(config.web.listen_address),
+        self._last_tick_at = time.monotonic()
+        self._said: str | None = None
+        self._server = self._make_page()
+
+    def _make_page(self) -> ThreadingHTTPServer:
+        page = exposition.AgentExposition(
+            view=lambda: self._loop.view,
+            counts=self._loop.meters.counts,
+            shipping=self._shipping_counts,
+            ticks=lambda: (self._ticks, self._tick_seconds),
+            table=self._table,
+            version=__version__,
+            simulated=self._config.simulated,
         )
+        address = self._config.web.listen_address
+        try:
+            return exposition.make_server(page, listen_address(address), self.trouble)
+        except OSError as error:
+            raise AgentError(
+                f"web.listen_address is {address!r}: {error.strerror or error}; choose a free "
+                "address"
+            ) from error
 
     def run(self) -> int:
-        """Run until SIGTERM or SIGINT; everything open is sealed before this returns."""
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda *_: self._stop.set())
-        threads = [
-            threading.Thread(target=self._server.serve_forever, name="page", daemon=True),
-            threading.Thread(target=self._ship, name="shipper", daemon=True),
-        ]
+        """Run until `stop` is set; everything open is sealed before this returns.
+
+        The exit status: 0, or 1 when something open could not be sealed and waits in the memory.
+        """
         self._tag_server.start()
-        for thread in threads:
-            thread.start()
+        page = threading.Thread(target=self._server.serve_forever, name="page", daemon=True)
+        page.start()
+        self._shipping.start()
         host, port = self._server.server_address[:2]
         log.info("metrics on http://%s:%s/metrics", host, port, extra={"action": "started"})
+        sealed = False
         try:
             self._sample_until_stopped()
         finally:
-            self._loop.stop()
-            self._deliver_once_more()
-            self._stop.set()
-            self._server.shutdown()
-            self._server.server_close()
-            self._tag_server.stop()
-            threads[1].join(THREAD_JOIN_SECONDS)
-            if self._driver is not None:
-                self._driver.release_hangs()
-                self._driver.uninstall()
+            sealed = self._wind_down()
         log.info(
             "stopped; %d batches wait in the spool", len(self._spool), extra={"action": "stopped"}
         )
-        return 0
+        return 0 if sealed else 1
+
+    def _wind_down(self) -> bool:
+        """Seal, deliver, let go: each step whatever became of the others. True when sealed."""
+        sealed = False
+        with _guarded("seal what is open"):
+            self._loop.stop()
+            sealed = self._loop.seal()  # nothing is open any more, unless it could not be sealed
+            if not sealed:
+                log.error(
+                    "windows that are open could not be sealed; the next start goes on with them",
+                    extra={"action": "cannot_seal"},
+                )
+        for what, step in (
+            ("deliver once more", self._shipping.finish),
+            ("close the page", self._server.shutdown),
+            ("close the page", self._server.server_close),
+            ("remove the tag socket", self._tag_server.stop),
+        ):
+            with _guarded(what):
+                step()
+        if self._driver is not None:
+            with _guarded("unload the simulated driver"):
+                self._driver.release_hangs()
+                self._driver.uninstall()
+        os.close(self._lock)
+        return sealed
+
+    def trouble(self) -> str | None:
+        """What keeps this agent from doing its work, in a sentence; None when nothing does."""
+        silent_seconds = time.monotonic() - self._last_tick_at
+        rhythm_seconds = self._clock.sleep_seconds(STALL_TICKS * self._tick_ns / NS_PER_SECOND)
+        if silent_seconds > max(STALL_SECONDS, rhythm_seconds):
+            return f"nothing was sampled for {silent_seconds:.0f} seconds: restart the agent"
+        if not self._shipping.alive:
+            return "the shipping thread has ended: restart the agent"
+        return None
 
     def _sample_until_stopped(self) -> None:
         """Tick on the clock's grid, so that ticks do not drift against UTC minutes."""
@@ -151,59 +198,21 @@ class Daemon:
             self._loop.tick()
             self._ticks += 1
             self._tick_seconds += time.perf_counter() - began
+            self._last_tick_at = time.monotonic()
+            self._say_sealing_trouble()
             now_ns = self._clock.wall_unix_ns()
             wait_ns = self._tick_ns - now_ns % self._tick_ns
             self._stop.wait(self._clock.sleep_seconds(wait_ns / NS_PER_SECOND))
 
-    def _ship(self) -> None:
-        jitter_ns = int(
-            self._config.collector.jitter_seconds
-            * NS_PER_SECOND
-            * random.Random(self._config.node.name).random()  # noqa: S311 (spreads load)
-        )
-        while not self._stop.is_set():
-            sent = False
-            if self._clock.wall_unix_ns() % (60 * NS_PER_SECOND) >= jitter_ns:
-                sent = self.ship_once()
-            if not sent:
-                self._stop.wait(self._clock.sleep_seconds(SHIP_IDLE_SECONDS))
-
-    def ship_once(self) -> bool:
-        """One request, if there is something to send now; True when it was answered."""
-        now_ns = self._clock.boottime_ns()
-        if not self._shipper.may_try(now_ns):
-            return False
-        with self._loop.spool_lock:
-            batches = self._shipper.next_batches(now_ns, self._loop.view.stream_id)
-            contents = [self._spool.read(batch) for batch in batches]
-        try:
-            if self._loop.view.ledger_id is None:
-                self._loop.learn_ledger(self._collector.ledger_id())
-            if not batches:
-                return False
-            answers = self._collector.send(b"".join(content or b"" for content in contents))
-        except CollectorUnreachable as error:
-            with self._loop.spool_lock:
-                self._shipper.on_failure(now_ns, error.reason, str(error))
-            log.warning("%s", error, extra={"action": "ship_failed"})
-            return False
-        with self._loop.spool_lock:
-            self._shipper.on_answers(now_ns, batches, answers)
-        refused = [answer for answer in answers.answers if answer.outcome not in DURABLE]
-        for answer in refused:
-            log.error(
-                "batch %d of stream %s: the collector answered %s: %s",
-                answer.sequence, answer.stream_id, answer.outcome, answer.message,
-                extra={"action": "batch_refused"},
-            )  # fmt: skip
-        return not refused
-
-    def _deliver_once_more(self) -> None:
-        deadline = time.monotonic() + STOP_DELIVERY_SECONDS
-        self._shipper.hurry()
-        while len(self._spool) and time.monotonic() < deadline:
-            if not self.ship_once():
-                return
+    def _say_sealing_trouble(self) -> None:
+        """Log why windows cannot be sealed when the reason is another one than before."""
+        trouble = self._loop.view.last_error
+        if trouble != self._said:
+            self._said = trouble
+            if trouble is not None:
+                log.error("%s", trouble, extra={"action": "cannot_seal"})
+            else:
+                log.info("windows can be sealed again", extra={"action": "sealing_again"})
 
     def _shipping_counts(self) -> exposition.ShippingCounts:
         with self._loop.spool_lock:
@@ -234,13 +243,25 @@ def make_clock(config: AgentConfig) -> clocks.Clock:
     return clocks.SystemClock() if config.clock is None else clocks.ScaledClock(config.clock)
 
 
+def jitter_ns(config: AgentConfig) -> int:
+    """This node's own moment within the minute, the same after every restart."""
+    share = random.Random(config.node.name).random()  # noqa: S311 (spreads load)
+    return int(config.collector.jitter_seconds * NS_PER_SECOND * share)
+
+
 def lock_state(directory: Path) -> int:
     """Hold the state directory for this process alone; the kernel lets go when it dies."""
-    descriptor = os.open(directory / LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        directory.mkdir(mode=DIRECTORY_MODE, parents=True, exist_ok=True)
+        descriptor = os.open(directory / LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise unusable(directory, error) from error
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         os.close(descriptor)
+        if error.errno not in {errno.EWOULDBLOCK, errno.EACCES}:
+            raise unusable(directory, error) from error
         raise StateError(
             f"state.directory is {str(directory)!r}: another agent holds it; stop that one first"
         ) from error
@@ -274,14 +295,17 @@ def process_table(driver: SimulatedDriver | None) -> ProcessTable:
     return CombinedProcessTable(ScenarioProcessTable(driver), real)
 
 
-def run(config: AgentConfig, announce: Callable[[str], None]) -> int:
-    """Build and run the daemon; errors of construction become one sentence."""
-    try:
-        daemon = Daemon(config)
-    except OSError as error:
-        raise AgentError(
-            f"web.listen_address is {config.web.listen_address!r}: {error.strerror}; choose a "
-            "free address"
-        ) from error
+def run(config: AgentConfig, announce: Callable[[str], None], stop: threading.Event) -> int:
+    """Build and run the daemon until `stop` is set; the exit status."""
+    daemon = Daemon(config, stop)
     announce(f"{PROGRAM}: state in {config.state.directory}, shipping to {config.collector.url}")
     return daemon.run()
+
+
+@contextlib.contextmanager
+def _guarded(what: str) -> Iterator[None]:
+    """Log an error of one step of stopping, so that the next step still happens."""
+    try:
+        yield
+    except Exception as error:  # whatever it is
+        log.exception("could not %s: %s", what, error, extra={"action": "unexpected_error"})

@@ -7,11 +7,16 @@ in-memory disk keeps the same promises and can crash, fill up and tear, for simu
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
 from pathlib import Path
-from typing import Final, Protocol
+from typing import TYPE_CHECKING, Final, Protocol
 
 from flopledger_agent.errors import SpoolFull, StateError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 TEMPORARY_SUFFIX: Final = ".tmp"
 DIRECTORY_MODE: Final = 0o700  # the key and users' names live here
@@ -26,36 +31,39 @@ class Disk(Protocol):
         ...
 
     def read(self, name: str) -> bytes | None:
-        """The content of `name`; None where there is no such file."""
+        """The content of `name`; None where there is no such file. Raises `StateError`."""
         ...
 
     def names(self, directory: str) -> list[str]:
-        """The names of finished files in a directory, sorted, each with the directory in front."""
+        """A directory's finished files, sorted, each with the directory in front.
+
+        Raises `StateError`.
+        """
         ...
 
     def remove(self, name: str) -> None:
-        """Remove a file; it is no error if it is gone."""
+        """Remove a file; it is no error if it is gone. Raises `SpoolFull`."""
         ...
 
     def rename(self, name: str, new_name: str) -> None:
-        """Rename durably, replacing the new name."""
+        """Rename durably, replacing the new name. Raises `SpoolFull`."""
         ...
 
 
 class DirectoryDisk:
     """A directory of the node's file system, private to the agent's user."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, directories: Sequence[str] = ()) -> None:
+        """`directories` are those below `root` that files will be written to."""
         self.root = root
         try:
-            root.mkdir(mode=DIRECTORY_MODE, parents=True, exist_ok=True)
-            for leftover in root.rglob(f"*{TEMPORARY_SUFFIX}"):
-                leftover.unlink()
+            for directory in (root, *(root / name for name in directories)):
+                directory.mkdir(mode=DIRECTORY_MODE, parents=True, exist_ok=True)
+                for path in directory.iterdir():
+                    if path.name.endswith(TEMPORARY_SUFFIX):
+                        path.unlink()
         except OSError as error:
-            raise StateError(
-                f"state.directory is {str(root)!r}: {error.strerror}; create it and give it to "
-                "the agent's user"
-            ) from error
+            raise unusable(root, error) from error
 
     def write(self, name: str, content: bytes, *, durable: bool) -> None:
         """Write to a temporary name, synchronise if durable, rename."""
@@ -73,11 +81,9 @@ class DirectoryDisk:
             if durable:
                 _sync_directory(path.parent)
         except OSError as error:
-            temporary.unlink(missing_ok=True)
-            raise SpoolFull(
-                f"{path}: {error.strerror}; free space or repair the state directory: windows "
-                "stay open and widen until then"
-            ) from error
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
+            raise _refused(path, error) from error
 
     def read(self, name: str) -> bytes | None:
         """The file's bytes."""
@@ -91,25 +97,34 @@ class DirectoryDisk:
     def names(self, directory: str) -> list[str]:
         """Finished files only."""
         folder = self.root / directory
-        if not folder.is_dir():
+        try:
+            return sorted(
+                f"{directory}/{path.name}"
+                for path in folder.iterdir()
+                if path.is_file() and not path.name.endswith(TEMPORARY_SUFFIX)
+            )
+        except FileNotFoundError:
             return []
-        return sorted(
-            f"{directory}/{path.name}"
-            for path in folder.iterdir()
-            if path.is_file() and not path.name.endswith(TEMPORARY_SUFFIX)
-        )
+        except OSError as error:
+            raise StateError(f"{folder}: {error.strerror}; make it readable") from error
 
     def remove(self, name: str) -> None:
         """Unlink; the space is the point, so no synchronisation."""
-        (self.root / name).unlink(missing_ok=True)
+        path = self.root / name
+        try:
+            path.unlink(missing_ok=True)
+        except OSError as error:
+            raise _refused(path, error) from error
 
     def rename(self, name: str, new_name: str) -> None:
         """Atomic within the directory tree."""
+        path = self.root / new_name
         try:
-            (self.root / name).replace(self.root / new_name)
-            _sync_directory((self.root / new_name).parent)
+            path.parent.mkdir(mode=DIRECTORY_MODE, exist_ok=True)
+            (self.root / name).replace(path)
+            _sync_directory(path.parent)
         except OSError as error:
-            raise SpoolFull(f"{self.root / new_name}: {error.strerror}; repair the disk") from error
+            raise _refused(path, error) from error
 
 
 class MemoryDisk:
@@ -155,6 +170,25 @@ class MemoryDisk:
     def crash(self) -> None:
         """Lose power: only durable files remain, as they were when last made durable."""
         self._files = dict(self._durable)
+
+
+def unusable(root: Path, error: OSError) -> StateError:
+    """Why a state directory cannot be used at all."""
+    place = "" if error.filename in {None, str(root)} else f" ({error.filename})"
+    remedy = {
+        errno.EROFS: "it must be on a file system that can be written",
+        errno.EEXIST: "remove or rename the file that is in its place",
+        errno.ENOTDIR: "remove or rename the file that is in its place",
+        errno.ENOSPC: "free space",
+    }.get(error.errno or 0, "create it and give it to the agent's user")
+    return StateError(f"state.directory is {str(root)!r}: {error.strerror}{place}; {remedy}")
+
+
+def _refused(path: Path, error: OSError) -> SpoolFull:
+    return SpoolFull(
+        f"{path}: {error.strerror}; free space or repair the state directory: windows stay open "
+        "and widen until then"
+    )
 
 
 def _sync_directory(path: Path) -> None:

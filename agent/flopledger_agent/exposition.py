@@ -20,7 +20,7 @@ from prometheus_client.core import (
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 
 from flopledger_core.flop import basis_of_cycles, total_work, work
-from flopledger_core.units import MJ_PER_JOULE, NS_PER_SECOND
+from flopledger_core.units import MJ_PER_JOULE, NS_PER_MS, NS_PER_SECOND
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 PAGE: Final = b"""<!doctype html><meta charset="utf-8"><title>flopledger-agent</title>
 <h1>flopledger-agent</h1><p><a href="/metrics">metrics</a></p>
 """
+TEXT: Final = "text/plain; charset=utf-8"
 REQUEST_TIMEOUT_SECONDS: Final = 10  # a scraper that stops reading holds a thread this long
 
 
@@ -160,7 +161,7 @@ class AgentExposition:
         for key, cycles in counts.cycles.items():
             row = self._table.find(key.device.name, key.device.pci_device_id)
             done = work(
-                basis_of_cycles(cycles, key.tier),
+                basis_of_cycles(cycles, key.tier, counts.counted_ns[key] // NS_PER_MS),
                 table=self._table,
                 accelerator=row,
                 device_name=key.device.name,
@@ -213,6 +214,12 @@ class AgentExposition:
         )
         window.add_metric([], view.window_minutes * 60)
         yield window
+        blocked = GaugeMetricFamily(
+            "flopledger_agent_sealing_blocked",
+            "1 while windows cannot be sealed: the spool or the disk is full; the log says why.",
+        )
+        blocked.add_metric([], float(view.last_error is not None))
+        yield blocked
 
     def _agent_families(self) -> Iterator[Metric]:
         shipping = self._shipping()
@@ -275,8 +282,13 @@ class AgentExposition:
         return device.name if row is None else row.key
 
 
-def make_server(exposition: AgentExposition, address: tuple[str, int]) -> ThreadingHTTPServer:
-    """A bound but not yet serving HTTP server for the page."""
+def make_server(
+    exposition: AgentExposition, address: tuple[str, int], trouble: Callable[[], str | None]
+) -> ThreadingHTTPServer:
+    """A bound but not yet serving HTTP server; `trouble` says why the agent is not well, or None.
+
+    Raises OSError when the address cannot be bound.
+    """
     registry = CollectorRegistry(auto_describe=False)
     registry.register(exposition)
 
@@ -289,11 +301,13 @@ def make_server(exposition: AgentExposition, address: tuple[str, int]) -> Thread
             if path == "/metrics":
                 self._answer(200, CONTENT_TYPE_LATEST, generate_latest(registry))
             elif path == "/healthz":
-                self._answer(200, "text/plain; charset=utf-8", b"ok\n")
+                sentence = trouble()
+                status = 200 if sentence is None else 503
+                self._answer(status, TEXT, f"{sentence or 'ok'}\n".encode())
             elif path == "/":
                 self._answer(200, "text/html; charset=utf-8", PAGE)
             else:
-                self._answer(404, "text/plain; charset=utf-8", b"not here: see /metrics\n")
+                self._answer(404, TEXT, b"not here: see /metrics\n")
 
         def _answer(self, status: int, content_type: str, body: bytes) -> None:
             self.send_response(status)

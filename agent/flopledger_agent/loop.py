@@ -8,7 +8,7 @@ cannot be made durable leaves its windows open, and they widen until it can.
 from __future__ import annotations
 
 import threading
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import msgspec
 
@@ -17,6 +17,7 @@ from flopledger_agent.errors import SpoolFull
 from flopledger_agent.metering import close_windows, is_due, observe, resume
 from flopledger_agent.meters import Meters
 from flopledger_core.batch import Predecessor
+from flopledger_core.signing import fingerprint
 from flopledger_core.units import NS_PER_MS
 
 if TYPE_CHECKING:
@@ -26,8 +27,12 @@ if TYPE_CHECKING:
     from flopledger_agent.clocks import Clock
     from flopledger_agent.disk import Disk
     from flopledger_agent.gpus.interface import GpuSource, NodeSample
+    from flopledger_agent.metering import MeterState
     from flopledger_agent.spool import Spool
     from flopledger_core.signing import SigningKey
+
+
+SEAL_RETRY_NS: Final = 30_000_000_000  # a full disk is tried twice a minute, not every tick
 
 
 class LoopFacts(msgspec.Struct, frozen=True, kw_only=True):
@@ -83,6 +88,8 @@ class AgentLoop:
         self.spool_lock = threading.Lock()  # the spool is shared with the shipping thread
         self._memory = self._recall()
         self._unadopted = False
+        self._retry_boot_ns = 0
+        self.moved_aside = 0  # records that could not be sealed since the agent started
         self._sealed = 0
         self._last_error: str | None = None
         self._learned_ledger_id: str | None = None
@@ -96,17 +103,17 @@ class AgentLoop:
         }
         meter, slices = observe(self._memory.meter, node, claims, tick_ns=self._facts.tick_ns)
         self._memory = msgspec.structs.replace(self._memory, meter=meter)
-        if self._learned_ledger_id is not None and self._memory.ledger_id is None:
-            self._memory = msgspec.structs.replace(self._memory, ledger_id=self._learned_ledger_id)
+        self._bind()
         self.meters.add(node, slices)
-        if is_due(meter, node.unix_ns, self._spool.window_minutes()):
+        due = is_due(meter, node.unix_ns, self._spool.window_minutes())
+        if due and node.boot_ns >= self._retry_boot_ns:
             self.seal()
         self._remember()
         self.view = self._view(node, claims)
 
     def seal(self) -> bool:
         """Close every window and seal what is closed; False when the disk had no room for it."""
-        memory = msgspec.structs.replace(self._memory, meter=close_windows(self._memory.meter))
+        memory = self._sound(close_windows(self._memory.meter))
         try:
             self._adopt()
             while memory.meter.closed:
@@ -118,14 +125,15 @@ class AgentLoop:
                     self._random_bytes,
                 )
                 stream.prepare(self._disk, after)
-                with self.spool_lock:
+                with self.spool_lock:  # nobody may ship and free it before it is adopted
                     self._spool.put(memory.stream_id, memory.next_sequence, content)
                     self._unadopted = True
-                memory = self._memory = after  # sealed: from here on it must not be sealed again
-                self._sealed += 1
-                self._adopt()
+                    memory = self._memory = after  # sealed: never to be sealed again
+                    self._sealed += 1
+                    self._adopt()
         except SpoolFull as error:
             self._last_error = str(error)
+            self._retry_boot_ns = self._clock.boottime_ns() + SEAL_RETRY_NS
             return False
         self._last_error = None
         return True
@@ -145,22 +153,75 @@ class AgentLoop:
         self._source.close()
 
     def learn_ledger(self, ledger_id: str) -> None:
-        """The collector's ledger id; batches sealed from the next tick on are bound to it."""
+        """The collector's ledger id; batches sealed from the next tick on are bound to it.
+
+        A stream that is bound to another ledger ends here and a new one continues it: batches of
+        the old one belong to the old ledger and stay in the spool.
+        """
         self._learned_ledger_id = ledger_id
 
     def _recall(self) -> stream.Memory:
-        now_unix_ns = self._clock.wall_unix_ns()
         memory = stream.recall(self._disk)
         if memory is None:
             predecessor = self._predecessor_in_spool()
             memory = stream.new_memory(
                 self._random_bytes(16).hex(), self._facts.boot_id, predecessor
             )
-            stream.begin(self._disk, memory)
-            return memory
-        return msgspec.structs.replace(
-            memory, meter=resume(memory.meter, self._facts.boot_id, now_unix_ns)
+        meter = resume(
+            memory.meter,
+            self._facts.boot_id,
+            self._clock.boottime_ns(),
+            self._clock.wall_unix_ns(),
         )
+        memory = msgspec.structs.replace(memory, meter=meter)
+        own = fingerprint(self._key.public_key)
+        if memory.key_fingerprint is None and memory.next_sequence == 0:
+            memory = msgspec.structs.replace(memory, key_fingerprint=own)
+            stream.begin(self._disk, memory)
+        elif memory.key_fingerprint != own:
+            memory = stream.succeed(
+                memory,
+                self._random_bytes(16).hex(),
+                ledger_id=memory.ledger_id,
+                fingerprint=own,
+            )
+            stream.begin(self._disk, memory)
+        return memory
+
+    def _bind(self) -> None:
+        """Bind the stream to the ledger that was learnt, or begin one that is bound to it."""
+        learned, memory = self._learned_ledger_id, self._memory
+        if learned is None or memory.ledger_id == learned:
+            return
+        if memory.ledger_id is None:
+            self._memory = msgspec.structs.replace(memory, ledger_id=learned)
+            return
+        successor = stream.succeed(
+            memory,
+            self._random_bytes(16).hex(),
+            ledger_id=learned,
+            fingerprint=fingerprint(self._key.public_key),
+        )
+        try:
+            stream.begin(self._disk, successor)
+        except SpoolFull as error:
+            self._last_error = str(error)
+            return
+        self._memory = successor
+
+    def _sound(self, meter: MeterState) -> stream.Memory:
+        """The memory to seal from; records that no wire can carry are moved aside, not sealed."""
+        sound, unsound = stream.sift(meter.closed)
+        for number, item in enumerate(unsound):
+            name = f"quarantine/record-{self._memory.next_sequence}-{number}.json"
+            try:
+                self._disk.write(name, msgspec.json.encode(item.record), durable=True)
+            except SpoolFull as error:
+                self._last_error = str(error)
+        if unsound:
+            self.moved_aside += len(unsound)
+            meter = msgspec.structs.replace(meter, closed=sound)
+        return msgspec.structs.replace(self._memory, meter=meter)
 
     def _predecessor_in_spool(self) -> Predecessor | None:
         """The memory is gone but batches wait: name their stream, whose head is unknown."""

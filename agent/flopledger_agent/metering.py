@@ -39,6 +39,8 @@ if TYPE_CHECKING:
 MICRO: Final = 1_000_000  # window sums are kept in millionths of an SM-cycle, so slices add exactly
 CLOCK_STEP_MS: Final = 500  # wall time that moved this far against boot time has stepped
 DARK_TICKS: Final = 5  # a device unseen for longer than this many ticks was dark, not late
+GAP_AFTER_NS: Final = 3_600_000_000_000  # after an hour dark time is stated, not waited for
+UNKNOWN_BOOT: Final = "unknown"  # what the node says where the kernel has no boot id
 WINDOW_MINUTES: Final = (1, 10, 60)  # how wide windows get as the spool fills
 
 UNKNOWN_CLAIM: Final = Claim(
@@ -61,6 +63,7 @@ class Anchor(msgspec.Struct, frozen=True, kw_only=True):
     unix_ns: int
     cycles: Cycles | None
     energy_mj: int | None
+    watched: bool = True  # False: nobody watched the device from here to its next sample
 
 
 class Slice(msgspec.Struct, frozen=True, kw_only=True):
@@ -138,17 +141,26 @@ def empty_state(boot_id: str) -> MeterState:
     return MeterState(boot_id=boot_id, devices={}, closed=())
 
 
-def resume(state: MeterState, boot_id: str, now_unix_ns: int) -> MeterState:
+def resume(state: MeterState, boot_id: str, now_boot_ns: int, now_unix_ns: int) -> MeterState:
     """The state of a meter that starts again after a pause or a crash.
 
     Open windows hold what was read before; they close as they are. In the same boot the anchors
     stay, so cumulative counters bridge the dark time; after a reboot they cannot, and each device's
-    dark time becomes a gap.
+    dark time becomes a gap. A boot without an id, or whose time went back, is another boot.
     """
     state = close_windows(state)
-    if state.boot_id == boot_id:
-        return state
-    gaps = tuple(_reboot_gap(device.anchor, now_unix_ns) for device in state.devices.values())
+    reached_ns = max((device.anchor.boot_ns for device in state.devices.values()), default=0)
+    if state.boot_id == boot_id != UNKNOWN_BOOT and now_boot_ns >= reached_ns:
+        devices = {
+            key: DeviceState(
+                anchor=msgspec.structs.replace(device.anchor, watched=False), window=None
+            )
+            for key, device in state.devices.items()
+        }
+        return msgspec.structs.replace(state, devices=devices)
+    gaps = tuple(
+        _wall_gap(device.anchor, now_unix_ns, "node_restarted") for device in state.devices.values()
+    )
     return MeterState(boot_id=boot_id, devices={}, closed=(*state.closed, *gaps))
 
 
@@ -179,12 +191,16 @@ def observe(
             energy_mj=sample.energy_mj,
         )
         known = devices.get(key)
-        if known is None:
+        if known is None or sample.boot_ns < known.anchor.boot_ns:
+            if known is not None:
+                closed.extend([] if known.window is None else _records(known.window))
+                closed.append(_wall_gap(known.anchor, unix_ns, "boot_time_went_back"))
             devices[key] = DeviceState(anchor=anchor, window=None)
             continue
-        if sample.boot_ns <= known.anchor.boot_ns:
+        if sample.boot_ns == known.anchor.boot_ns:
             continue  # no time has passed: the next sample will cover it
-        dark = sample.boot_ns - known.anchor.boot_ns > DARK_TICKS * tick_ns
+        span_ns = sample.boot_ns - known.anchor.boot_ns
+        dark = not known.anchor.watched or span_ns > DARK_TICKS * tick_ns
         owners = (UNKNOWN_CLAIM,) if dark else claims[key]
         piece = _slice(known.anchor, sample, owners, unix_ns, dark=dark)
         slices.append(piece)
@@ -193,6 +209,10 @@ def observe(
             closed.extend(_records(window))
             window = None
         devices[key] = DeviceState(anchor=anchor, window=_extended(window, piece))
+    sampled = {sample.device.key for sample in node.samples}
+    for key, device in state.devices.items():
+        if key not in sampled and node.boot_ns - device.anchor.boot_ns > GAP_AFTER_NS:
+            devices[key] = _given_up(device, node, closed)
     return MeterState(boot_id=state.boot_id, devices=devices, closed=tuple(closed)), tuple(slices)
 
 
@@ -387,7 +407,7 @@ def _records(window: Window) -> list[Closed]:
             start_boot_ms=start_ms,
             end_boot_ms=end_ms,
             owner=claim.owner,
-            attribution=claim.attribution(len(claims)),
+            attribution=claim.attribution(len(claims), sum(weights)),
             gpu_time_ms=times[index],
             allocated_time_ms=None,
             wall_time_ms=end_ms - start_ms,
@@ -400,7 +420,7 @@ def _records(window: Window) -> list[Closed]:
             energy_origin="absent" if energies is None else "counter",
             energy_counter_mj=last.energy_counter_mj,
             sm_clock_khz=None if first.sm_clock_khz is None else window.clock_khz_ns // span_ns,
-            absent=first.absent | {"allocated_time": "no_scheduler_source"},
+            absent=dict(sorted({**first.absent, "allocated_time": "no_scheduler_source"}.items())),
             flags=tuple(sorted(flags)),
             user_commitment=None,
         )
@@ -432,7 +452,7 @@ def _gap(window: Window, claims: list[Claim], start_ms: int, end_ms: int) -> Clo
             start_boot_ms=start_ms,
             gap_ms=end_ms - start_ms,
             owner=claim.owner,
-            attribution=claim.attribution(1),
+            attribution=claim.attribution(1, claim.weight),
             precision=claim.precision,
             reason=reason,
             flags=tuple(sorted({*first.flags, *claim.flags})),
@@ -442,22 +462,63 @@ def _gap(window: Window, claims: list[Claim], start_ms: int, end_ms: int) -> Clo
     )
 
 
-def _reboot_gap(anchor: Anchor, now_unix_ns: int) -> Closed:
+def _wall_gap(anchor: Anchor, now_unix_ns: int, reason: str) -> Closed:
+    """Dark time between two boots: only wall time can say how long it was."""
     start_ms = anchor.unix_ns // NS_PER_MS
+    gap_ms = now_unix_ns // NS_PER_MS - start_ms
     return Closed(
         record=GapRecord(
             device=anchor.device,
             start_unix_ms=start_ms,
             start_boot_ms=None,
-            gap_ms=max(0, now_unix_ns // NS_PER_MS - start_ms),
+            gap_ms=max(0, gap_ms),
             owner=UNATTRIBUTED_OWNER,
             attribution=Attribution(source="none", evidence=UNKNOWN_CLAIM.evidence),
             precision=None,
-            reason="node_restarted",
-            flags=(),
+            reason=reason,
+            flags=("clock_stepped",) if gap_ms < 0 else (),
             user_commitment=None,
         ),
         user=None,
+    )
+
+
+def _given_up(device: DeviceState, node: NodeSample, closed: list[Closed]) -> DeviceState:
+    """A device that has been dark for an hour: the time so far is a gap, whatever comes later.
+
+    Its counters are let go with it, so that what they bridge later is not counted twice.
+    """
+    anchor = device.anchor
+    closed.extend([] if device.window is None else _records(device.window))
+    reasons = {failure.device.key: failure.reason for failure in node.failures}
+    start_ms = anchor.boot_ns // NS_PER_MS
+    closed.append(
+        Closed(
+            record=GapRecord(
+                device=anchor.device,
+                start_unix_ms=anchor.unix_ns // NS_PER_MS,
+                start_boot_ms=start_ms,
+                gap_ms=node.boot_ns // NS_PER_MS - start_ms,
+                owner=UNATTRIBUTED_OWNER,
+                attribution=Attribution(source="none", evidence=UNKNOWN_CLAIM.evidence),
+                precision=None,
+                reason=reasons.get(anchor.device.key) or node.failure or "not_seen",
+                flags=(),
+                user_commitment=None,
+            ),
+            user=None,
+        )
+    )
+    return DeviceState(
+        anchor=Anchor(
+            device=anchor.device,
+            boot_ns=node.boot_ns,
+            unix_ns=node.unix_ns,
+            cycles=None,
+            energy_mj=None,
+            watched=False,
+        ),
+        window=None,
     )
 
 

@@ -36,6 +36,7 @@ class MeterCounts(msgspec.Struct, frozen=True, kw_only=True):
     """A copy of the counters at one instant."""
 
     cycles: dict[WorkKey, Cycles]
+    counted_ns: dict[WorkKey, int]  # device time that the cycles were counted in
     energy_mj: dict[Device, int]
     time_ns: dict[tuple[Device, str], int]  # by device and kind of owner
     dark_ns: dict[tuple[Device, str], int]  # time without activity counters, by reason
@@ -49,6 +50,7 @@ class Meters:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._micro: dict[WorkKey, dict[str, int]] = defaultdict(lambda: defaultdict(int))
+        self._counted_ns: dict[WorkKey, int] = defaultdict(int)
         self._energy_mj: dict[Device, int] = defaultdict(int)
         self._time_ns: dict[tuple[Device, str], int] = defaultdict(int)
         self._dark_ns: dict[tuple[Device, str], int] = defaultdict(int)
@@ -74,6 +76,7 @@ class Meters:
                     key: Cycles(**{name: amount // MICRO for name, amount in micro.items()})
                     for key, micro in self._micro.items()
                 },
+                counted_ns=dict(self._counted_ns),
                 energy_mj=dict(self._energy_mj),
                 time_ns=dict(self._time_ns),
                 dark_ns=dict(self._dark_ns),
@@ -84,16 +87,20 @@ class Meters:
     def _add_slice(self, piece: Slice) -> None:
         span_ns = piece.end_boot_ns - piece.start_boot_ns
         weights = [claim.weight for claim in piece.claims]
-        for claim, part_ns in zip(piece.claims, shares(span_ns, weights), strict=True):
+        keys = [
+            WorkKey(device=piece.device, tier=piece.tier, precision=claim.precision)
+            for claim in piece.claims
+        ]
+        times = shares(span_ns, weights)
+        for claim, key, part_ns in zip(piece.claims, keys, times, strict=True):
             self._time_ns[piece.device, claim.owner.kind] += part_ns
+            if piece.micro_cycles:
+                self._counted_ns[key] += part_ns
         if not piece.micro_cycles:
             self._dark_ns[piece.device, piece.absent.get("cycles", "unknown")] += span_ns
         if piece.energy_mj is not None:
             self._energy_mj[piece.device] += piece.energy_mj
-        works = [
-            self._micro[WorkKey(device=piece.device, tier=piece.tier, precision=claim.precision)]
-            for claim in piece.claims
-        ]
+        works = [self._micro[key] for key in keys]
         for name, amount in piece.micro_cycles.items():
             for sums, part in zip(works, shares(amount, weights), strict=True):
                 sums[name] += part

@@ -14,7 +14,7 @@ import msgspec
 from flopledger_core.units import NS_PER_SECOND
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from flopledger_agent.spool import Spool, SpooledBatch
 
@@ -30,12 +30,12 @@ Outcome = Literal["admitted", "duplicate", "conflict", "out_of_order", "refused"
 
 
 class Answer(msgspec.Struct, frozen=True, kw_only=True):
-    """The collector's word on one batch."""
+    """The collector's word on one batch; its names are None where it could not read the header."""
 
-    stream_id: str
-    sequence: int
+    stream_id: str | None
+    sequence: int | None
     outcome: Outcome
-    message: str
+    message: str = ""
     batch_hash: str | None = None
     expected_sequence: int | None = None
 
@@ -47,7 +47,7 @@ class Answers(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Blocked(msgspec.Struct, frozen=True, kw_only=True):
-    """A stream that the collector does not take."""
+    """A stream that waits for a person: the collector does not take it, or it is damaged here."""
 
     outcome: str
     message: str
@@ -62,6 +62,7 @@ class Shipper:
         self._random_unit = random_unit  # 0 <= x < 1: jitter, injected
         self._failures = 0
         self._not_before_ns = 0
+        self._singly_left = 0  # requests to send with one batch each, after a muddled answer
         self.blocked: dict[str, Blocked] = {}
         self.shipped = 0
         self.failures: dict[str, int] = {}
@@ -77,13 +78,14 @@ class Shipper:
             return []
         chosen: list[SpooledBatch] = []
         size = 0
+        count_max = 1 if self._singly_left else BATCHES_PER_REQUEST_MAX
         for batch in self._spool.batches(current_stream):
             block = self.blocked.get(batch.stream_id)
             if block is not None and now_ns < block.retry_ns:
                 continue
             if chosen and (
                 batch.stream_id != chosen[0].stream_id
-                or len(chosen) == BATCHES_PER_REQUEST_MAX
+                or len(chosen) == count_max
                 or size + batch.size_bytes > REQUEST_BYTES_MAX
             ):
                 break
@@ -91,23 +93,60 @@ class Shipper:
             size += batch.size_bytes
         return chosen
 
-    def on_answers(self, now_ns: int, sent: Sequence[SpooledBatch], answers: Answers) -> None:
-        """Free what is durable; block a stream at its first batch that is not."""
-        self._failures = 0
-        expected = {(batch.stream_id, batch.sequence) for batch in sent}
+    def on_answers(self, now_ns: int, sent: Sequence[SpooledBatch], answers: Answers) -> bool:
+        """Free what is durable; block a stream at its first batch that is not.
+
+        True when anything came of it. An answer can free only what was sent; where no batch that
+        was sent is answered, the collector is as good as silent.
+        """
+        unanswered = {(batch.stream_id, batch.sequence): batch for batch in sent}
+        freed = 0
         for answer in answers.answers:
-            if (answer.stream_id, answer.sequence) not in expected:
-                continue  # not ours: an answer can free only what was sent
-            if answer.outcome in DURABLE:
-                self._spool.free(answer.stream_id, answer.sequence)
-                self.blocked.pop(answer.stream_id, None)
-                self.shipped += 1
-            else:
-                self._block(now_ns, answer)
-                break
-        else:
-            if not answers.answers:
-                self.on_failure(now_ns, "empty_answer", "the collector answered for no batch")
+            batch = self._meant(answer, sent, unanswered)
+            if batch is None:
+                continue
+            if answer.outcome not in DURABLE:
+                self._on_progress()
+                self._block(now_ns, batch, answer.outcome, answer.message)
+                return True
+            self._spool.free(batch.stream_id, batch.sequence)
+            del unanswered[batch.stream_id, batch.sequence]
+            self.blocked.pop(batch.stream_id, None)
+            self.shipped += 1
+            freed += 1
+        if freed:
+            self._on_progress()
+            self._singly_left = max(0, self._singly_left - 1)
+        if unanswered and len(sent) > 1:
+            # The collector could not tell the batches apart: one of them is not what it seems.
+            self._singly_left = BATCHES_PER_REQUEST_MAX
+        if not freed:
+            told = next((one.message for one in answers.answers if one.message), "no reason given")
+            self.on_failure(
+                now_ns,
+                "unrelated_answer",
+                f"the collector answered for no batch that was sent: {told}",
+            )
+        return freed > 0
+
+    def _meant(
+        self,
+        answer: Answer,
+        sent: Sequence[SpooledBatch],
+        unanswered: Mapping[tuple[str, int], SpooledBatch],
+    ) -> SpooledBatch | None:
+        """The batch that an answer speaks of; a nameless refusal of a lone batch is its own."""
+        if answer.stream_id is not None and answer.sequence is not None:
+            return unanswered.get((answer.stream_id, answer.sequence))
+        alone = len(sent) == 1 and answer.outcome not in DURABLE
+        return sent[0] if alone else None
+
+    def on_damage(self, now_ns: int, batch: SpooledBatch, message: str) -> None:
+        """A waiting batch is no longer what was sealed: what follows it in its stream waits.
+
+        The collector is asked again like after a refusal: it may hold the damaged one already.
+        """
+        self._block(now_ns, batch, "damaged", message)
 
     def on_failure(self, now_ns: int, reason: str, message: str) -> None:
         """No durable answer came: wait longer each time, with jitter, and send again."""
@@ -122,11 +161,18 @@ class Shipper:
         """Forget backoff: the agent is stopping and wants to try once more."""
         self._not_before_ns = 0
 
-    def _block(self, now_ns: int, answer: Answer) -> None:
-        self.failures[answer.outcome] = self.failures.get(answer.outcome, 0) + 1
-        self.last_error = answer.message
-        self.blocked[answer.stream_id] = Blocked(
-            outcome=answer.outcome,
-            message=answer.message,
+    def _on_progress(self) -> None:
+        self._failures = 0
+        self._not_before_ns = 0
+        self.last_error = None
+
+    def _block(self, now_ns: int, batch: SpooledBatch, outcome: str, message: str) -> None:
+        self.failures[outcome] = self.failures.get(outcome, 0) + 1
+        self.last_error = (
+            f"batch {batch.sequence} of stream {batch.stream_id} is {outcome}: {message}"
+        )
+        self.blocked[batch.stream_id] = Blocked(
+            outcome=outcome,
+            message=message,
             retry_ns=now_ns + int(REFUSED_RETRY_SECONDS * NS_PER_SECOND),
         )

@@ -2,19 +2,23 @@
 
 One file per batch, named by stream and sequence number, so that a directory listing is the queue.
 A batch leaves only when the collector said it is admitted or a duplicate. A file that is not a
-batch is moved aside to `quarantine/` and reported, never deleted and never sent.
+batch, or not the one its name says, is moved aside to `quarantine/` and reported, never deleted and
+never sent.
 """
 
 from __future__ import annotations
 
+import contextlib
 import re
 from typing import TYPE_CHECKING, Final
 
 import msgspec
 
-from flopledger_agent.errors import SpoolFull
+from flopledger_agent.errors import SpoolFull, StateError
 from flopledger_agent.metering import WINDOW_MINUTES
-from flopledger_core.batch import BatchHeader
+from flopledger_core.batch import BatchHeader, decode
+from flopledger_core.errors import FlopLedgerError
+from flopledger_core.signing import verify
 from flopledger_core.units import NS_PER_MS
 
 if TYPE_CHECKING:
@@ -79,11 +83,12 @@ class Spool:
         )
 
     def read(self, batch: SpooledBatch) -> bytes | None:
-        """A batch's bytes; a file that vanished or emptied is quarantined and gives None."""
+        """A batch's bytes; one that is no longer what was sealed is quarantined and gives None."""
         content = self._disk.read(batch.name)
-        if content:
+        if content and _is_batch(content, batch):
             return content
         self._queue.pop((batch.stream_id, batch.sequence), None)
+        self._oldest_sealed_ms = None
         if content is not None:
             self._quarantine(batch.name)
         return None
@@ -94,9 +99,10 @@ class Spool:
 
     def free(self, stream_id: str, sequence: int) -> None:
         """Let go of a batch that the collector holds durably."""
-        batch = self._queue.pop((stream_id, sequence), None)
+        batch = self._queue.get((stream_id, sequence))
         if batch is not None:
             self._disk.remove(batch.name)
+            del self._queue[stream_id, sequence]
             self._oldest_sealed_ms = None
 
     @property
@@ -113,8 +119,10 @@ class Spool:
         if not self._queue:
             return 0
         if self._oldest_sealed_ms is None:
-            sealed = [self._sealed_ms(batch) for batch in self._queue.values()]
-            self._oldest_sealed_ms = min(sealed, default=0)
+            first: dict[str, SpooledBatch] = {}  # within a stream the first was sealed first
+            for batch in self.batches():
+                first.setdefault(batch.stream_id, batch)
+            self._oldest_sealed_ms = min(map(self._sealed_ms, first.values()))
         return max(0, now_unix_ns - self._oldest_sealed_ms * NS_PER_MS)
 
     def window_minutes(self) -> int:
@@ -128,15 +136,32 @@ class Spool:
         )
 
     def _sealed_ms(self, batch: SpooledBatch) -> int:
-        content = self._disk.read(batch.name) or b""
         try:
-            header = msgspec.json.decode(content.partition(b"\n")[0], type=BatchHeader)
-        except msgspec.DecodeError:
+            return sealed_unix_ms(self._disk.read(batch.name) or b"")
+        except StateError:
             return 0  # not readable: as old as can be, so that somebody looks
-        return header.sealed.unix_ms
 
     def _quarantine(self, name: str) -> None:
-        content = self._disk.read(name) or b""
-        self._disk.write(f"{QUARANTINE}/{name.rpartition('/')[2]}", content, durable=False)
-        self._disk.remove(name)
         self.quarantined += 1
+        # Where the disk refuses even that, the file stays where it is; it is not queued any more.
+        with contextlib.suppress(StateError):
+            self._disk.rename(name, f"{QUARANTINE}/{name.rpartition('/')[2]}")
+
+
+def sealed_unix_ms(content: bytes) -> int:
+    """When the batch that begins with these bytes was sealed; 0 when they are no batch's."""
+    try:
+        header = msgspec.json.decode(content.partition(b"\n")[0], type=BatchHeader)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return 0
+    return header.sealed.unix_ms
+
+
+def _is_batch(content: bytes, batch: SpooledBatch) -> bool:
+    """Whether these bytes are the signed batch of this stream and sequence, whole."""
+    try:
+        found = decode(content)
+        verify(found.header.public_key, found.signature, found.header_bytes)
+    except FlopLedgerError:
+        return False
+    return (found.header.stream_id, found.header.sequence) == (batch.stream_id, batch.sequence)

@@ -29,6 +29,8 @@ from flopledger_core.batch import (
     merkle_root,
     seal,
 )
+from flopledger_core.errors import InvalidInput
+from flopledger_core.records import AgentRecord
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -50,6 +52,7 @@ class Memory(msgspec.Struct, frozen=True, kw_only=True):
     head_hash: str | None
     predecessor: Predecessor | None
     ledger_id: str | None
+    key_fingerprint: str | None  # whose signatures the stream carries
     meter: MeterState
 
 
@@ -66,17 +69,42 @@ class Seal(msgspec.Struct, frozen=True, kw_only=True):
 
 
 _decoder = msgspec.json.Decoder(Memory)
+_record_decoder: msgspec.json.Decoder[AgentRecord] = msgspec.json.Decoder(AgentRecord)
 
 
 def new_memory(stream_id: str, boot_id: str, predecessor: Predecessor | None) -> Memory:
-    """The memory of a stream that begins."""
+    """The memory of a stream that begins without a known past."""
     return Memory(
         stream_id=stream_id,
         next_sequence=0,
         head_hash=None,
         predecessor=predecessor,
         ledger_id=None,
+        key_fingerprint=None,
         meter=empty_state(boot_id),
+    )
+
+
+def succeed(memory: Memory, stream_id: str, *, ledger_id: str | None, fingerprint: str) -> Memory:
+    """The memory of a new stream that continues another: its key or its ledger has changed.
+
+    What was metered and not yet sealed goes on; the old stream's sealed batches stay as they are.
+    """
+    predecessor = memory.predecessor
+    if memory.next_sequence:
+        predecessor = Predecessor(
+            stream_id=memory.stream_id,
+            sequence=memory.next_sequence - 1,
+            batch_hash=memory.head_hash,
+        )
+    return Memory(
+        stream_id=stream_id,
+        next_sequence=0,
+        head_hash=None,
+        predecessor=predecessor,
+        ledger_id=ledger_id,
+        key_fingerprint=fingerprint,
+        meter=memory.meter,
     )
 
 
@@ -103,9 +131,9 @@ def recall(disk: Disk) -> Memory | None:
 
 def begin(disk: Disk, memory: Memory) -> None:
     """Make the first memory of a stream durable and forget any other stream's."""
-    disk.write(SEALED_MEMORY, msgspec.json.encode(memory), durable=True)
     disk.remove(NEXT_MEMORY)
-    disk.remove(MEMORY)
+    disk.write(SEALED_MEMORY, msgspec.json.encode(memory), durable=True)
+    disk.write(MEMORY, msgspec.json.encode(memory), durable=True)
 
 
 def _is_sealed(disk: Disk, prepared: Memory) -> bool:
@@ -173,8 +201,37 @@ def seal_next(
 
 
 def next_closed(memory: Memory) -> tuple[Closed, ...]:
-    """As many closed records as one batch holds."""
-    return memory.meter.closed[:RECORDS_PER_BATCH_MAX]
+    """As many closed records as one batch holds, never half of a window's owners."""
+    closed = memory.meter.closed
+    if len(closed) <= RECORDS_PER_BATCH_MAX:
+        return closed
+    cut = RECORDS_PER_BATCH_MAX
+    while cut > 1 and _window_of(closed[cut - 1]) == _window_of(closed[cut]):
+        cut -= 1
+    return closed[:cut]
+
+
+def sift(closed: Sequence[Closed]) -> tuple[tuple[Closed, ...], tuple[Closed, ...]]:
+    """Records that the wire can carry, and those that it cannot (an absurd reading, a name).
+
+    Values are checked when they are decoded, not when they are made: a batch with one bad record
+    would be refused for ever, and every later one with it.
+    """
+    sound: list[Closed] = []
+    unsound: list[Closed] = []
+    for item in closed:
+        try:
+            _record_decoder.decode(msgspec.json.encode(item.record))
+        except (msgspec.DecodeError, InvalidInput):
+            unsound.append(item)
+        else:
+            sound.append(item)
+    return tuple(sound), tuple(unsound)
+
+
+def _window_of(item: Closed) -> tuple[str, int | None, int]:
+    record = item.record
+    return record.device.key, record.start_boot_ms, record.end_unix_ms
 
 
 def prepare(disk: Disk, after: Memory) -> None:

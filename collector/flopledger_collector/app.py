@@ -96,9 +96,8 @@ def whole_segments(app: ASGIApp) -> ASGIApp:
 
     async def routed(scope: Scope, receive: Receive, send: Send) -> None:
         if str(scope["type"]) == "http":
-            raw_path = scope.get("raw_path") or scope["path"].encode()
-            path = raw_path.partition(b"?")[0].decode("ascii", "replace")
-            scope["path"] = path
+            raw_path: bytes = scope["raw_path"]
+            scope["path"] = raw_path.partition(b"?")[0].decode("ascii", "replace")
         await app(scope, receive, send)
 
     return routed

@@ -8,9 +8,10 @@ common origin, so that a whole demonstration shares one time without talking.
 from __future__ import annotations
 
 import time
-from typing import Protocol
+from typing import Annotated, Protocol
 
 import msgspec
+from msgspec import Meta
 
 from flopledger_core.units import NS_PER_SECOND
 
@@ -52,7 +53,7 @@ class SystemClock:
 class ScaledClockConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The `[clock]` table: present only in demonstrations and tests."""
 
-    speed: int
+    speed: Annotated[int, Meta(ge=1)]
     real_origin_unix_ns: int
     origin_unix_ns: int
 

@@ -14,7 +14,6 @@ import msgspec
 
 from flopledger_collector.journal import Changes, JournalEntry, LedgerIdentity, StreamState
 from flopledger_core import __version__
-from flopledger_core.activities import require_activity
 from flopledger_core.batch import (
     RECORDS_PER_BATCH_MAX,
     BatchHeader,
@@ -30,8 +29,7 @@ from flopledger_core.batch import (
     seal,
 )
 from flopledger_core.errors import InvalidInput
-from flopledger_core.identity import RESERVED_PROJECTS, require_id
-from flopledger_core.records import Declaration, ImportedHours, PersonRecord
+from flopledger_core.records import ImportedHours, PersonRecord
 from flopledger_core.signing import fingerprint
 from flopledger_core.units import NS_PER_MS
 from flopledger_core.validation import findings
@@ -228,13 +226,6 @@ def _scope(record: PersonRecord) -> str:
 
 def _checked(record: PersonRecord) -> PersonRecord:
     """The record, as strict as the wire will be with it; raises `InvalidInput`."""
-    project = _scope(record)
-    if project in RESERVED_PROJECTS:
-        raise InvalidInput("project", project, "this name is an account of the ledger itself")
-    if project != LEDGER_SCOPE:
-        require_id("project", project)
-    if isinstance(record, Declaration):
-        require_activity(record.activity)
     try:
         # Constructing a Struct checks no types; decoding does.
         decoded: PersonRecord = msgspec.json.decode(msgspec.json.encode(record), type=PersonRecord)

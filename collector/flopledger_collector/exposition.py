@@ -117,10 +117,13 @@ class LedgerCollector(Collector):
                 labels = (project, found.view.policy_id)
                 _add_bounds(flop, labels, found.view.total)
                 _add_bounds(integer, labels, found.integer_operations)
-            energy.add_metric((project,), _ratio(one.usage.energy_mj.central, MJ_PER_JOULE))
-            time.add_metric((project,), _ratio(one.usage.gpu_time_ms.central, MS_PER_SECOND))
+            known = finite_or_infinite(one.usage.energy_mj.central, MJ_PER_JOULE)
+            energy.add_metric((project,), known)
+            known = finite_or_infinite(one.usage.gpu_time_ms.central, MS_PER_SECOND)
+            time.add_metric((project,), known)
             for currency, cents in one.usage.cost_cents.items():
-                cost.add_metric((project, currency), _ratio(cents.central, CENTS_PER_UNIT))
+                known = finite_or_infinite(cents.central, CENTS_PER_UNIT)
+                cost.add_metric((project, currency), known)
         yield from (flop, integer, energy, time, cost)
 
     def _instruments(self) -> Iterator[Metric]:
@@ -168,7 +171,7 @@ class LedgerCollector(Collector):
             for found in one.budgets:
                 quantity, divisor = BASE_QUANTITIES[found.quantity]
                 labels = (one.info.project, found.name, quantity)
-                limit.add_metric(labels, _ratio(found.limit, divisor))
+                limit.add_metric(labels, finite_or_infinite(found.limit, divisor))
                 reached = found.reached
                 if reached is not None:
                     _add_ratios(share, labels, reached.low, reached.central, reached.high)
@@ -184,12 +187,12 @@ class LedgerCollector(Collector):
         yield _single(
             "flopledger_idle_gpu_seconds",
             "Time of enrolled devices that no job held.",
-            _ratio(status.idle.gpu_time_ms.central, MS_PER_SECOND),
+            finite_or_infinite(status.idle.gpu_time_ms.central, MS_PER_SECOND),
         )
         yield _single(
             "flopledger_gap_gpu_seconds",
             "Device time that nobody metered, whoever owned it.",
-            _ratio(health.gap_time_ms, MS_PER_SECOND),
+            finite_or_infinite(health.gap_time_ms, MS_PER_SECOND),
         )
         yield _single(
             "flopledger_disputed_records",
@@ -228,7 +231,7 @@ class LedgerCollector(Collector):
         )
         for stream in health.streams:
             if stream.author == "agent":
-                received = _ratio(stream.last_received_unix_ms, MS_PER_SECOND)
+                received = finite_or_infinite(stream.last_received_unix_ms, MS_PER_SECOND)
                 last.add_metric((stream.node, stream.stream_id), received)
         yield from (batches, records, last)
 
@@ -298,16 +301,16 @@ def _add_ratios(
     high: Fraction | None,
 ) -> None:
     for bound, share in (("low", low), ("central", central)):
-        family.add_metric((*labels, bound), _ratio(share.numerator, share.denominator))
-    top = float("inf") if high is None else _ratio(high.numerator, high.denominator)
+        family.add_metric((*labels, bound), finite_or_infinite(share.numerator, share.denominator))
+    top = float("inf") if high is None else finite_or_infinite(high.numerator, high.denominator)
     family.add_metric((*labels, "high"), top)
 
 
 def _number(amount: int) -> float:
-    return _ratio(amount, 1)
+    return finite_or_infinite(amount, 1)
 
 
-def _ratio(numerator: int, denominator: int) -> float:
+def finite_or_infinite(numerator: int, denominator: int) -> float:
     """The nearest floating-point number; beyond its range, infinity."""
     try:
         return numerator / denominator

@@ -39,6 +39,7 @@ SPOKEN_OF: Final[dict[str, tuple[str, ...]]] = {
     "flop": ("declared_flop", "declared_flop_high"),
     "energy_mj": ("declared_energy_mj",),
     "gpu_time_ms": ("declared_gpu_time_ms",),
+    "integer_operations": (),  # no declaration can
 }
 
 
@@ -246,12 +247,12 @@ def require_project(reader: Reader, project: str) -> ProjectInfo:
     for info in known:
         if info.project == project:
             return info
-    names = [info.project for info in known[:PROJECTS_NAMED_MAX]]
+    names = ", ".join(info.project for info in known[:PROJECTS_NAMED_MAX])
     more = ", ..." if len(known) > PROJECTS_NAMED_MAX else ""
-    known_text = f"name a known one ({', '.join(names)}{more})" if names else "the ledger has none"
-    raise UnknownName(
-        "project", project, f"{known_text}, or open it with `flopledger project create`"
-    )
+    remedy = "open it with `flopledger project create`"
+    if names:
+        remedy = f"name a known one ({names}{more}), or {remedy}"
+    raise UnknownName("project", project, remedy)
 
 
 def read_accounts(

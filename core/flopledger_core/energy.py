@@ -7,7 +7,7 @@ negative amount and never a guess.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import msgspec
 
@@ -17,6 +17,11 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from flopledger_core.accelerators import Accelerator
+
+
+_DARK_TIMES: Final = (
+    "gap_time_ms", "energy_absent_time_ms", "energy_possible_time_ms", "hours_time_ms",
+)  # fmt: skip
 
 
 class CounterDelta(msgspec.Struct, frozen=True, kw_only=True):
@@ -39,11 +44,11 @@ def energy_bounds(sums: Mapping[str, int], accelerator: Accelerator | None) -> B
     One watt for one millisecond is one millijoule, so no factor appears.
     """
     known = sums.get("energy_mj", 0) + sums.get("declared_energy_mj", 0)
-    dark_ms = sums.get("gap_time_ms", 0) + sums.get("energy_absent_time_ms", 0)
-    dark_ms += sums.get("hours_time_ms", 0)
+    low = known - sums.get("energy_deficit_mj", 0)
+    high = known + sums.get("energy_excess_mj", 0)
+    dark_ms = sum(sums.get(name, 0) for name in _DARK_TIMES)
     if not dark_ms:
-        return Bounds(low=known, central=known, high=known)
+        return Bounds(low=low, central=known, high=high)
     if accelerator is None:
-        return Bounds(low=known, central=known, high=None)
-    high = known + dark_ms * accelerator.power_limit_watts
-    return Bounds(low=known, central=known, high=high)
+        return Bounds(low=low, central=known, high=None)
+    return Bounds(low=low, central=known, high=high + dark_ms * accelerator.power_limit_watts)

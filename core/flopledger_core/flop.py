@@ -15,7 +15,7 @@ import msgspec
 
 from flopledger_core.bounds import ZERO, Bounds, total
 from flopledger_core.records import Cycles, Declaration, GapRecord, ImportedHours, UsageRecord
-from flopledger_core.units import HZ_PER_MHZ, floor_div
+from flopledger_core.units import HZ_PER_MHZ, US_PER_MS, ceil_div, floor_div
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -33,6 +33,7 @@ GPU_UTIL_CENTRAL_PER_MILLE: Final = 300
 WORK_PIPES: Final = (
     "float_tensor", "fp64_tensor", "int_tensor", "fp64", "fp32", "fp16", "integer",
 )  # fmt: skip
+_DARK_TIMES: Final = ("gap_time_ms", "cycles_absent_time_ms", "cycles_possible_time_ms")
 _PIPE_TIERS: Final = frozenset({"gpm_cycles", "gpm_util", "dcgm_pipes"})
 
 
@@ -87,15 +88,7 @@ def basis(record: Record) -> dict[str, int]:
     the low and high ends lie from it; times and energy under their own names.
     """
     if isinstance(record, UsageRecord):
-        sums = basis_of_cycles(record.cycles, record.tier)
-        sums["gpu_time_ms"] = record.gpu_time_ms
-        sums["allocated_time_ms"] = record.allocated_time_ms or 0
-        sums["wall_time_ms"] = record.wall_time_ms
-        sums["energy_mj"] = record.energy_mj or 0
-        if record.energy_mj is None:
-            sums["energy_absent_time_ms"] = record.gpu_time_ms
-        if record.cycles.elapsed is None:
-            sums["cycles_absent_time_ms"] = record.gpu_time_ms
+        sums = _usage_basis(record)
     elif isinstance(record, GapRecord):
         sums = {"gap_time_ms": record.gap_ms}
     elif isinstance(record, ImportedHours):
@@ -111,24 +104,88 @@ def basis(record: Record) -> dict[str, int]:
     return {name: amount for name, amount in sums.items() if amount}
 
 
-def basis_of_cycles(cycles: Cycles, tier: str) -> dict[str, int]:
-    """The part of a record's basis that its cycles make; see `basis`."""
+def basis_of_cycles(cycles: Cycles, tier: str, time_ms: int) -> dict[str, int]:
+    """The part of a usage record's basis that its cycles make in `time_ms` of device time."""
     elapsed = cycles.elapsed
     if elapsed is None:
         return {}
     sums = {"elapsed": elapsed, "sm_active": cycles.sm_active or 0}
     if tier == "gpu_util":
-        return sums | _coarse(cycles.sm_active or 0, GPU_UTIL_CENTRAL_PER_MILLE)
+        return sums | _coarse(cycles.sm_active or 0, GPU_UTIL_CENTRAL_PER_MILLE, time_ms)
     if tier not in _PIPE_TIERS or (cycles.any_tensor is None and cycles.hmma is None):
         ceiling = elapsed if cycles.sm_active is None else cycles.sm_active
-        return sums | _coarse(ceiling, SM_ACTIVE_CENTRAL_PER_MILLE)
-    sums |= _tensor_basis(cycles, elapsed)
+        return sums | _coarse(ceiling, SM_ACTIVE_CENTRAL_PER_MILLE, time_ms)
+    pipes = _tensor_basis(cycles, elapsed)
     for pipe in ("fp64", "fp32", "fp16", "integer"):
         value: int | None = getattr(cycles, pipe)
-        if value is None:
-            sums[f"{pipe}_excess"] = elapsed
-        else:
-            sums[pipe] = value
+        pipes[pipe if value is not None else f"{pipe}_excess"] = elapsed if value is None else value
+    if tier != "gpm_cycles":
+        pipes = _derived(pipes, elapsed, time_ms)
+    return sums | pipes
+
+
+def _usage_basis(record: UsageRecord) -> dict[str, int]:
+    time_ms = record.gpu_time_ms
+    sums = basis_of_cycles(record.cycles, record.tier, time_ms)
+    sums["gpu_time_ms"] = time_ms
+    sums["allocated_time_ms"] = record.allocated_time_ms or 0
+    sums["wall_time_ms"] = record.wall_time_ms
+    sums["energy_mj"] = record.energy_mj or 0
+    if record.energy_mj is None:
+        sums["energy_absent_time_ms"] = time_ms
+    if record.cycles.elapsed is None:
+        sums["cycles_absent_time_ms"] = time_ms
+    if "recovered" in record.flags:
+        # Counters that were reset in the dark and overtook themselves look like counters that
+        # ran on: what was counted is certain, that nothing else was is not.
+        sums["cycles_possible_time_ms"] = time_ms
+        sums["energy_possible_time_ms"] = time_ms
+    if record.attribution.weight != record.attribution.weights:
+        _widen_to_device(sums, record)
+    return sums
+
+
+def _widen_to_device(sums: dict[str, int], record: UsageRecord) -> None:
+    """No counter tells sharers apart: each may have done nothing, or all of the device's work."""
+    weight, weights = record.attribution.weight, record.attribution.weights
+
+    def whole(own: int) -> int:
+        return ceil_div((own + 1) * weights, weight)  # own was rounded down by less than one
+
+    others_ms = record.window_ms - record.gpu_time_ms
+    if "coarse_time_ms" in sums:
+        sums["coarse_time_ms"] += others_ms
+    elif record.cycles.elapsed is not None:
+        for pipe in WORK_PIPES:
+            central = sums.get(pipe, 0)
+            sums[f"{pipe}_deficit"] = central
+            if f"{pipe}_busy_us" in sums:
+                sums[f"{pipe}_busy_us"] = whole(sums[f"{pipe}_busy_us"])
+            else:
+                sums[f"{pipe}_excess"] = whole(central + sums.get(f"{pipe}_excess", 0)) - central
+    else:
+        sums["cycles_possible_time_ms"] = sums.get("cycles_possible_time_ms", 0) + others_ms
+    if record.energy_mj is None:
+        sums["energy_possible_time_ms"] = sums.get("energy_possible_time_ms", 0) + others_ms
+    else:
+        sums["energy_deficit_mj"] = record.energy_mj
+        sums["energy_excess_mj"] = whole(record.energy_mj) - record.energy_mj
+
+
+def _derived(pipes: dict[str, int], elapsed: int, time_ms: int) -> dict[str, int]:
+    """Percentages times a sampled clock: the share of time is sure, the clock between is not.
+
+    The low end claims nothing; the high end is that share of the time at maximum clock, kept as
+    `<pipe>_busy_us` because the maximum is the table's to say.
+    """
+    sums: dict[str, int] = {}
+    for pipe in WORK_PIPES:
+        central = pipes.get(pipe, 0)
+        most = central + pipes.get(f"{pipe}_excess", 0)
+        sums[pipe] = central
+        sums[f"{pipe}_deficit"] = central
+        if elapsed:
+            sums[f"{pipe}_busy_us"] = ceil_div(most * (time_ms + 1) * US_PER_MS, elapsed)
     return sums
 
 
@@ -136,9 +193,10 @@ def _tensor_basis(cycles: Cycles, elapsed: int) -> dict[str, int]:
     """Float tensor work is any tensor minus integer minus FP64; absent parts widen the ends."""
     fp64_known = [value for value in (cycles.dmma, cycles.dfma) if value is not None]
     fp64_tensor = max(fp64_known, default=0)
+    hmma = cycles.hmma or 0
     if cycles.any_tensor is None:
-        any_low = max(cycles.hmma or 0, cycles.imma or 0, fp64_tensor)
-        any_central = min(elapsed, (cycles.hmma or 0) + (cycles.imma or 0) + fp64_tensor)
+        any_low = max(hmma, cycles.imma or 0, fp64_tensor)
+        any_central = min(elapsed, hmma + (cycles.imma or 0) + fp64_tensor)
         any_high = elapsed
     else:
         any_low = any_central = any_high = cycles.any_tensor
@@ -146,7 +204,8 @@ def _tensor_basis(cycles: Cycles, elapsed: int) -> dict[str, int]:
     fp64_high = fp64_tensor if fp64_known else any_high
     central = max(0, any_central - (cycles.imma or 0) - fp64_tensor)
     low = max(0, any_low - imma_high - fp64_high)
-    high = max(central, any_high - (cycles.imma or 0) - fp64_tensor)
+    # Pipes may overlap in time: what HMMA counted is possible whatever the difference says.
+    high = max(central, hmma, any_high - (cycles.imma or 0) - fp64_tensor)
     return {
         "float_tensor": central,
         "float_tensor_deficit": central - min(low, central),
@@ -158,13 +217,11 @@ def _tensor_basis(cycles: Cycles, elapsed: int) -> dict[str, int]:
     }
 
 
-def _coarse(ceiling: int, central_per_mille: int) -> dict[str, int]:
-    central = floor_div(ceiling * central_per_mille, 1000)
-    sums = {f"{pipe}_excess": ceiling for pipe in WORK_PIPES if pipe != "float_tensor"}
-    return sums | {
-        "float_tensor": central,
-        "float_tensor_deficit": central,
-        "float_tensor_excess": ceiling - central,
+def _coarse(busy: int, central_per_mille: int, time_ms: int) -> dict[str, int]:
+    """Something ran: a share of it as the central value, everything possible as the high end."""
+    return {
+        "coarse_tensor": floor_div(busy * central_per_mille, 1000),
+        "coarse_time_ms": time_ms,
     }
 
 
@@ -199,10 +256,8 @@ def work(
     A device the table lacks has no FLOP: central 0, an open high end and the reason.
     """
     declared = _declared(sums)
-    if not any(sums.get(name) for name in ("elapsed", "gap_time_ms", "hours_time_ms")):
-        blind = sums.get("cycles_absent_time_ms", 0)
-        if not blind:
-            return declared
+    if not any(sums.get(name) for name in ("elapsed", "hours_time_ms", *_DARK_TIMES)):
+        return declared
     if accelerator is None:
         return declared + Work(
             flop=Bounds(low=0, central=0, high=None),
@@ -212,14 +267,18 @@ def work(
         )
     architecture = table.architecture_of(accelerator)
     rates, reason = _tensor_rates(architecture, precision)
-    parts = [declared, _from_cycles(sums, architecture, rates)]
-    dark_ms = sums.get("gap_time_ms", 0) + sums.get("cycles_absent_time_ms", 0)
+    parts = [declared, _from_cycles(sums, accelerator, architecture, rates)]
+    dark_ms = sum(sums.get(name, 0) for name in _DARK_TIMES)
     if dark_ms:
-        parts.append(_could_have_done(accelerator.max_sm_cycles(dark_ms), architecture, rates))
+        parts.append(_could_have_done(dark_ms, accelerator, architecture, rates))
+    if sums.get("coarse_time_ms"):
+        parts.append(_from_coarse(sums, accelerator, architecture, rates))
     if sums.get("hours_time_ms"):
         parts.append(_from_hours(sums, accelerator, rates))
-    reasons = (f"{accelerator.key}: {reason}",) if reason else ()
-    return total_work(parts) + Work(reasons=reasons)
+    reasons = [reason] if reason else []
+    if sums.get("float_tensor_busy_us"):
+        reasons.append("cycles come from percentages and a sampled clock; the low end claims none")
+    return total_work(parts) + Work(reasons=tuple(f"{accelerator.key}: {why}" for why in reasons))
 
 
 class _Rates(msgspec.Struct, frozen=True, kw_only=True):
@@ -255,14 +314,16 @@ def _tensor_rates(architecture: Architecture, precision: str | None) -> tuple[_R
     )
 
 
-def _from_cycles(sums: Mapping[str, int], architecture: Architecture, rates: _Rates) -> Work:
+def _from_cycles(
+    sums: Mapping[str, int], accelerator: Accelerator, architecture: Architecture, rates: _Rates
+) -> Work:
+    fastest = accelerator.sm_count * accelerator.max_sm_clock_mhz  # SM-cycles a microsecond
+
     def cycles(pipe: str) -> tuple[int, int, int]:
-        central = sums.get(pipe, 0)
-        return (
-            central - sums.get(f"{pipe}_deficit", 0),
-            central,
-            central + sums.get(f"{pipe}_excess", 0),
-        )
+        central, deficit = sums.get(pipe, 0), sums.get(f"{pipe}_deficit", 0)
+        faster = sums.get(f"{pipe}_busy_us", 0) * fastest - deficit
+        high = central + sums.get(f"{pipe}_excess", 0) + max(0, faster)
+        return central - deficit, central, high
 
     low, central, high = cycles("float_tensor")
     flop = Bounds(
@@ -292,10 +353,22 @@ def _from_cycles(sums: Mapping[str, int], architecture: Architecture, rates: _Ra
     )
 
 
-def _could_have_done(sm_cycles: int, architecture: Architecture, rates: _Rates) -> Work:
-    """From nothing to every pipe fully active: what dark time contributes."""
-    dark = {f"{pipe}_excess": sm_cycles for pipe in WORK_PIPES}
-    return _from_cycles(dark, architecture, rates)
+def _could_have_done(
+    time_ms: int, accelerator: Accelerator, architecture: Architecture, rates: _Rates
+) -> Work:
+    """From nothing to every pipe fully active at maximum clock: what dark time contributes."""
+    dark = {f"{pipe}_excess": accelerator.max_sm_cycles(time_ms) for pipe in WORK_PIPES}
+    return _from_cycles(dark, accelerator, architecture, rates)
+
+
+def _from_coarse(
+    sums: Mapping[str, int], accelerator: Accelerator, architecture: Architecture, rates: _Rates
+) -> Work:
+    """Something ran in a share of the time; the clock and the pipes are anybody's guess."""
+    most = _could_have_done(sums["coarse_time_ms"], accelerator, architecture, rates)
+    central = sums.get("coarse_tensor", 0) * rates.central
+    high = max(central, most.flop.high or 0)
+    return msgspec.structs.replace(most, flop=Bounds(low=0, central=central, high=high))
 
 
 def _from_hours(sums: Mapping[str, int], accelerator: Accelerator, rates: _Rates) -> Work:

@@ -33,6 +33,13 @@ def require_id(field: str, value: str) -> str:
     return value
 
 
+def require_project(value: str, field: str = "project") -> str:
+    """`value` if it can name a project: an id, and not one of the ledger's own accounts."""
+    if value in RESERVED_PROJECTS:
+        raise InvalidInput(field, value, "this name is an account of the ledger itself")
+    return require_id(field, value)
+
+
 class Owner(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The account a record is posted to."""
 
@@ -50,10 +57,7 @@ class Owner(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
         if self.kind == "attributed":
             if self.project is None:
                 raise InvalidInput("owner.project", None, "attributed work names its project")
-            if self.project in RESERVED_PROJECTS:
-                raise InvalidInput(
-                    "owner.project", self.project, "this name is an account of the ledger itself"
-                )
+            require_project(self.project, "owner.project")
         elif self.project is not None:
             raise InvalidInput("owner.project", self.project, f"{self.kind} work has no project")
         for field in ("entity", "project", "model", "run", "attempt", "job"):

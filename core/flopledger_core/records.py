@@ -13,17 +13,20 @@ from typing import Annotated, Final, Literal, get_args
 import msgspec
 from msgspec import Meta
 
+from flopledger_core.activities import require_activity
 from flopledger_core.errors import InvalidInput
-from flopledger_core.identity import Owner
+from flopledger_core.identity import Owner, require_project
 from flopledger_core.units import INT64_MAX, UNIX_MS_MAX
 
 Count = Annotated[int, Meta(ge=0, le=INT64_MAX)]
 UnixMs = Annotated[int, Meta(ge=0, le=UNIX_MS_MAX)]
 Text = Annotated[str, Meta(min_length=1, max_length=1024)]
-Hex32 = Annotated[str, Meta(pattern="^[0-9a-f]{32}$")]
-Hex64 = Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
-PciDeviceId = Annotated[str, Meta(pattern="^[0-9A-F]{4}$")]
-DecimalAmount = Annotated[str, Meta(pattern="^(0|[1-9][0-9]{0,59})$")]  # unbounded in practice
+# Patterns end with \Z, not $: a dollar also matches before a final newline, a second byte form.
+Hex32 = Annotated[str, Meta(pattern=r"\A[0-9a-f]{32}\Z")]
+Hex64 = Annotated[str, Meta(pattern=r"\A[0-9a-f]{64}\Z")]
+PciDeviceId = Annotated[str, Meta(pattern=r"\A[0-9A-F]{4}\Z")]
+DecimalAmount = Annotated[str, Meta(pattern=r"\A(0|[1-9][0-9]{0,59})\Z")]  # unbounded in practice
+Currency = Annotated[str, Meta(pattern=r"\A[A-Z]{3}\Z")]
 FlagList = Annotated[tuple[str, ...], Meta(max_length=16)]
 
 Tier = Literal[
@@ -43,11 +46,8 @@ FLAGS: Final[dict[str, str]] = {
     "recovered": "spans dark time of the agent, bridged by counters that kept counting",
     "counter_reset": "a cumulative counter restarted inside the window; its part before is lost",
     "shared": "several owners held the device; the split is a rule, not a measurement",
-    "partial": "some quantity was not readable over the whole window",
     "clock_stepped": "wall time stepped inside the window; durations come from boot time",
     "invalid_tag": "a tag was refused as an id and ignored",
-    "precision_unsupported": "the declared precision does not exist on this device",
-    "device_changed": "the device or driver changed inside the window",
 }
 
 
@@ -81,11 +81,24 @@ NO_CYCLES: Final = Cycles()
 
 
 class Attribution(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Why the owner of a record is its owner."""
+    """Why the owner of a record is its owner, and its part of a shared device.
+
+    The record's amounts are `weight / weights` of the device's, whole where nobody shared it.
+    """
 
     source: AttributionSource
     sharers: Annotated[int, Meta(ge=1, le=4096)] = 1  # owners of the device in this window
+    weight: Annotated[int, Meta(ge=1, le=1_000_000)] = 1
+    weights: Annotated[int, Meta(ge=1, le=1_000_000)] = 1
     evidence: Annotated[str, Meta(max_length=256)] | None = None
+
+    def __post_init__(self) -> None:
+        if self.weight > self.weights or (self.sharers == 1) != (self.weight == self.weights):
+            raise InvalidInput(
+                "attribution.weight",
+                (self.weight, self.weights, self.sharers),
+                "a sole owner has all weights, one of several has some",
+            )
 
 
 class Device(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -142,6 +155,12 @@ class UsageRecord(
     def __post_init__(self) -> None:
         _require_interval(self.start_unix_ms, self.start_boot_ms, self.end_boot_ms)
         _require_flags(self.flags)
+        if list(self.absent) != sorted(self.absent):
+            raise InvalidInput("absent", list(self.absent), "sort the quantities by name")
+        if (self.cycles == NO_CYCLES) != (self.cycles_origin == "absent"):
+            raise InvalidInput("cycles_origin", self.cycles_origin, "absent, and only it, has none")
+        if (self.energy_mj is None) != (self.energy_origin == "absent"):
+            raise InvalidInput("energy_origin", self.energy_origin, "absent, and only it, has none")
 
     @property
     def window_ms(self) -> int:
@@ -206,6 +225,9 @@ class ProjectOpened(
     at_unix_ms: UnixMs
     author: Text
 
+    def __post_init__(self) -> None:
+        require_project(self.project)
+
 
 class Declaration(
     msgspec.Struct,
@@ -230,13 +252,15 @@ class Declaration(
     energy_mj: DecimalAmount | None
     gpu_time_ms: DecimalAmount | None
     cost_cents: DecimalAmount | None  # hundredths of the currency unit
-    currency: Annotated[str, Meta(pattern="^[A-Z]{3}$")] | None
+    currency: Currency | None
     method: Text
     evidence: Text | None
     at_unix_ms: UnixMs
     author: Text
 
     def __post_init__(self) -> None:
+        require_project(self.project)
+        require_activity(self.activity)
         if self.end_unix_ms < self.start_unix_ms:
             raise InvalidInput("end_unix_ms", self.end_unix_ms, "end the period after its start")
         parts = [part for part in (self.flop_low, self.flop_central, self.flop_high) if part]
@@ -261,12 +285,13 @@ class BudgetSet(
     project: Text
     name: Text
     quantity: Literal["flop", "energy_mj", "cost_cents", "gpu_time_ms"]
-    currency: Annotated[str, Meta(pattern="^[A-Z]{3}$")] | None
+    currency: Currency | None
     limit: DecimalAmount
     at_unix_ms: UnixMs
     author: Text
 
     def __post_init__(self) -> None:
+        require_project(self.project)
         if (self.quantity == "cost_cents") != (self.currency is not None):
             raise InvalidInput("currency", self.currency, "a cost budget, and only it, has one")
 
@@ -318,6 +343,8 @@ def _require_interval(start_unix_ms: int, start_boot_ms: int, end_boot_ms: int) 
 
 
 def _require_flags(flags: tuple[str, ...]) -> None:
+    if list(flags) != sorted(set(flags)):
+        raise InvalidInput("flags", flags, "sort them and give each once")
     for flag in flags:
         if flag not in FLAGS:
             raise InvalidInput("flags", flag, f"use only: {', '.join(FLAGS)}")

@@ -11,6 +11,7 @@ from typing import Final
 
 NS_PER_MS: Final = 1_000_000
 NS_PER_SECOND: Final = 1_000_000_000
+US_PER_MS: Final = 1_000
 MS_PER_SECOND: Final = 1_000
 MS_PER_MINUTE: Final = 60_000
 MS_PER_HOUR: Final = 3_600_000

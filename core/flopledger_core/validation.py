@@ -8,12 +8,11 @@ it out of central and low and keeps it in high until a later entry resolves it.
 from __future__ import annotations
 
 from collections import defaultdict
-from itertools import pairwise
 from typing import TYPE_CHECKING, Final
 
 import msgspec
 
-from flopledger_core.records import GapRecord, UsageRecord
+from flopledger_core.records import Device, GapRecord, UsageRecord
 from flopledger_core.units import HZ_PER_MHZ, MS_PER_SECOND
 
 if TYPE_CHECKING:
@@ -23,7 +22,8 @@ if TYPE_CHECKING:
     from flopledger_core.batch import SealedBatch
 
 # A window's edges are instants of sampling; counters are read some time around them, and NVML's
-# maximum clock is known to be too low on some parts, its energy counter to lag by 100 ms.
+# maximum clock is known to be too low on some parts, its energy counter to lag by 100 ms. A window
+# shorter than this is allowed as much again.
 EDGE_TOLERANCE_MS: Final = 1_000
 CLOCK_TOLERANCE_PER_MILLE: Final = 50
 POWER_TOLERANCE_PER_MILLE: Final = 200  # short excursions above the enforced limit are real
@@ -57,79 +57,90 @@ def active_within_elapsed(batch: SealedBatch, table: AcceleratorTable) -> Iterat
 
 
 def elapsed_within_clock(batch: SealedBatch, table: AcceleratorTable) -> Iterator[Finding]:
-    """SM-cycles elapsed stay under SM count x maximum clock x time."""
-    for index, record in _usage(batch):
-        row = table.find(record.device.name, record.device.pci_device_id)
-        if row is None or record.cycles.elapsed is None:
+    """A device's SM-cycles elapsed stay under SM count x maximum clock x window."""
+    for window in _windows(batch):
+        row = table.find(window.device.name, window.device.pci_device_id)
+        if row is None:
             continue
-        sms = max(row.sm_count, record.device.sm_count or 0)
-        time_ms = record.gpu_time_ms + EDGE_TOLERANCE_MS
-        limit = sms * row.max_sm_clock_mhz * HZ_PER_MHZ * time_ms // MS_PER_SECOND
+        found = sum(record.cycles.elapsed or 0 for record in window.records)
+        time_ms = window.length_ms + _edge_ms(window)
+        limit = row.sm_count * row.max_sm_clock_mhz * HZ_PER_MHZ * time_ms // MS_PER_SECOND
         limit += limit * CLOCK_TOLERANCE_PER_MILLE // 1000
-        if record.cycles.elapsed > limit:
-            yield Finding(
-                code="elapsed_exceeds_clock",
-                record_index=index,
-                message=f"cycles.elapsed is {record.cycles.elapsed}, above {limit} which "
-                f"{row.key} reaches in {record.gpu_time_ms} ms",
+        if found > limit:
+            yield from window.findings(
+                "elapsed_exceeds_clock",
+                f"cycles.elapsed sums to {found}, above {limit} which {row.key} reaches in "
+                f"{window.length_ms} ms",
             )
 
 
 def energy_within_power(batch: SealedBatch, table: AcceleratorTable) -> Iterator[Finding]:
-    """Energy stays under the power limit x time."""
-    for index, record in _usage(batch):
-        row = table.find(record.device.name, record.device.pci_device_id)
-        if row is None or record.energy_mj is None:
+    """A device's energy stays under the power limit x window."""
+    for window in _windows(batch):
+        row = table.find(window.device.name, window.device.pci_device_id)
+        if row is None:
             continue
-        limit = row.power_limit_watts * (record.gpu_time_ms + EDGE_TOLERANCE_MS)
+        found = sum(record.energy_mj or 0 for record in window.records)
+        limit = row.power_limit_watts * (window.length_ms + _edge_ms(window))
         limit += limit * POWER_TOLERANCE_PER_MILLE // 1000
-        if record.energy_mj > limit:
-            yield Finding(
-                code="energy_exceeds_power",
-                record_index=index,
-                message=f"energy_mj is {record.energy_mj}, above {limit} which "
-                f"{row.key} can draw in {record.gpu_time_ms} ms",
+        if found > limit:
+            yield from window.findings(
+                "energy_exceeds_power",
+                f"energy_mj sums to {found}, above {limit} which {row.key} can draw in "
+                f"{window.length_ms} ms",
             )
 
 
 def gpu_time_tiles_window(batch: SealedBatch, table: AcceleratorTable) -> Iterator[Finding]:
     """Over the owners of a device, `gpu_time_ms` sums exactly to the measurement window."""
     del table
-    shares: dict[tuple[str, int, int], list[int]] = defaultdict(list)
+    for window in _windows(batch):
+        found = sum(record.gpu_time_ms for record in window.records)
+        if found != window.length_ms:
+            yield from window.findings(
+                "gpu_time_does_not_tile",
+                f"gpu_time_ms of {window.device.key} sums to {found} over a window of "
+                f"{window.length_ms} ms",
+            )
+
+
+def times_within_window(batch: SealedBatch, table: AcceleratorTable) -> Iterator[Finding]:
+    """Wall time and allocated time of one device are no longer than the window."""
+    del table
     for index, record in _usage(batch):
-        shares[record.device.key, record.start_boot_ms, record.end_boot_ms].append(index)
-    for (device, start, end), indexes in shares.items():
-        found = sum(_gpu_time(batch, index) for index in indexes)
-        if found != end - start:
-            for index in indexes:
+        for name, value in (
+            ("wall_time_ms", record.wall_time_ms),
+            ("allocated_time_ms", record.allocated_time_ms or 0),
+        ):
+            if value > record.window_ms:
                 yield Finding(
-                    code="gpu_time_does_not_tile",
+                    code="time_exceeds_window",
                     record_index=index,
-                    message=f"gpu_time_ms of {device} sums to {found} over a window of "
-                    f"{end - start} ms",
+                    message=f"{name} is {value} in a window of {record.window_ms} ms",
                 )
 
 
 def windows_do_not_overlap(batch: SealedBatch, table: AcceleratorTable) -> Iterator[Finding]:
-    """One device's measurement windows in a batch follow each other."""
+    """One device's measurement windows and gaps in a batch follow each other."""
     del table
-    windows: dict[str, set[tuple[int, int]]] = defaultdict(set)
-    members: dict[tuple[str, int, int], list[int]] = defaultdict(list)
-    for index, record in _usage(batch):
-        window = (record.start_boot_ms, record.end_boot_ms)
-        windows[record.device.key].add(window)
-        members[record.device.key, *window].append(index)
-    for device, spans in windows.items():
-        ordered = sorted(spans)
-        for (start, end), (next_start, next_end) in pairwise(ordered):
-            if next_start < end:
-                for index in members[device, next_start, next_end]:
+    spans: dict[str, list[tuple[int, int, tuple[int, ...]]]] = defaultdict(list)
+    for window in _windows(batch):
+        spans[window.device.key].append((window.start_ms, window.end_ms, window.indexes))
+    for index, record in enumerate(batch.records):
+        if isinstance(record, GapRecord) and record.start_boot_ms is not None:
+            span = (record.start_boot_ms, record.start_boot_ms + record.gap_ms, (index,))
+            spans[record.device.key].append(span)
+    for device, found in spans.items():
+        reached = 0
+        for start, end, indexes in sorted(found):
+            if start < reached:
+                for index in indexes:
                     yield Finding(
                         code="windows_overlap",
                         record_index=index,
-                        message=f"window {next_start}..{next_end} of {device} overlaps "
-                        f"{start}..{end}",
+                        message=f"{start}..{end} of {device} overlaps time up to {reached}",
                     )
+            reached = max(reached, end)
 
 
 def only_agents_meter(batch: SealedBatch, table: AcceleratorTable) -> Iterator[Finding]:
@@ -152,6 +163,7 @@ CHECKS: Final[tuple[Callable[[SealedBatch, AcceleratorTable], Iterator[Finding]]
     elapsed_within_clock,
     energy_within_power,
     gpu_time_tiles_window,
+    times_within_window,
     windows_do_not_overlap,
 )
 
@@ -161,12 +173,50 @@ def findings(batch: SealedBatch, table: AcceleratorTable) -> tuple[Finding, ...]
     return tuple(finding for check in CHECKS for finding in check(batch, table))
 
 
+class _Window(msgspec.Struct, frozen=True, kw_only=True):
+    """Every owner's record of one device and measurement window."""
+
+    device: Device
+    start_ms: int
+    end_ms: int
+    indexes: tuple[int, ...]
+    records: tuple[UsageRecord, ...]
+
+    @property
+    def length_ms(self) -> int:
+        return self.end_ms - self.start_ms
+
+    def findings(self, code: str, message: str) -> Iterator[Finding]:
+        for index in self.indexes:
+            yield Finding(code=code, record_index=index, message=message)
+
+
+def _windows(batch: SealedBatch) -> list[_Window]:
+    members: dict[tuple[str, int, int], list[int]] = defaultdict(list)
+    for index, record in _usage(batch):
+        members[record.device.key, record.start_boot_ms, record.end_boot_ms].append(index)
+    windows: list[_Window] = []
+    for (_, start_ms, end_ms), indexes in members.items():
+        records = [batch.records[index] for index in indexes]
+        usage = tuple(record for record in records if isinstance(record, UsageRecord))
+        windows.append(
+            _Window(
+                device=usage[0].device,
+                start_ms=start_ms,
+                end_ms=end_ms,
+                indexes=tuple(indexes),
+                records=usage,
+            )
+        )
+    return windows
+
+
+def _edge_ms(window: _Window) -> int:
+    """The tolerance at a window's edges: none where there is no time at all, once per window."""
+    return min(EDGE_TOLERANCE_MS, window.length_ms)
+
+
 def _usage(batch: SealedBatch) -> Iterator[tuple[int, UsageRecord]]:
     for index, record in enumerate(batch.records):
         if isinstance(record, UsageRecord):
             yield index, record
-
-
-def _gpu_time(batch: SealedBatch, index: int) -> int:
-    record = batch.records[index]
-    return record.gpu_time_ms if isinstance(record, UsageRecord) else 0

@@ -6,6 +6,7 @@ import itertools
 import random
 from typing import TYPE_CHECKING
 
+import msgspec
 import pytest
 
 from flopledger_agent.disk import DirectoryDisk, MemoryDisk
@@ -48,6 +49,8 @@ class Node:
         self.clock = TestClock()
         self.attributor = FixedAttributor(claim("atlas"))
         self.boot_id = "boot-1"
+        self.key = KEY
+        self.device = GPU
         self.random = random.Random(0)
 
     def samples(self) -> Iterator[NodeSample]:
@@ -56,7 +59,7 @@ class Node:
             now_ns = self.clock.now_ns
             counted = RATE * now_ns // SECOND_NS
             energy = WATTS_MJ * now_ns // SECOND_NS
-            yield node(now_ns, sample(now_ns, cycles(counted, counted // 2), energy),
+            yield node(now_ns, sample(now_ns, cycles(counted, counted // 2), energy, self.device),
                        step_ns=self.clock.step_ns)  # fmt: skip
 
     def agent(self) -> AgentLoop:
@@ -65,7 +68,7 @@ class Node:
             facts=LoopFacts(node="n1", cluster=None, program="test", simulated=True,
                             boot_id=self.boot_id, tick_ns=SECOND_NS),
             clock=self.clock, source=ScriptedSource(self.samples()), attributor=self.attributor,
-            disk=self.disk, spool=Spool(self.disk, 2**30), key=KEY,
+            disk=self.disk, spool=Spool(self.disk, 2**30), key=self.key,
             random_bytes=self.random.randbytes, synchronised=lambda: None,
         )  # fmt: skip
 
@@ -177,6 +180,43 @@ def test_death_at_any_write_neither_loses_nor_doubles(fatal: int, *, after: bool
     assert lived_ms in {end_ns // 1_000_000, end_ns // 1_000_000 - lost_start_ms(records)}
     assert sum(record.cycles.elapsed or 0 for record in records) == RATE * lived_ms // 1000
     assert sum(record.energy_mj or 0 for record in records) == WATTS_MJ * lived_ms // 1000
+
+
+@pytest.mark.parametrize("after", [False, True])
+@pytest.mark.parametrize("fatal", range(50, 136))
+def test_death_beside_an_eager_shipper_seals_no_number_twice(fatal: int, *, after: bool) -> None:
+    """Batches are shipped and freed as soon as they may be; one number never has two contents."""
+    place = Node(DyingDisk(fatal, after=after))
+    received: dict[tuple[str, int], bytes] = {}
+
+    def ship() -> None:
+        spool = Spool(place.disk, 2**30)
+        for batch in spool.batches():
+            content = spool.read(batch) or b""
+            assert received.setdefault((batch.stream_id, batch.sequence), content) == content
+            spool.free(batch.stream_id, batch.sequence)
+
+    try:
+        agent = place.agent()
+        for _ in range(130):
+            place.tick(agent)
+            ship()
+    except Death:
+        place.clock.now_ns += 2 * SECOND_NS
+        agent = place.agent()
+        place.tick(agent, 70)
+    agent.stop()
+    ship()
+    batches = [decode(received[key]) for key in sorted(received)]
+
+    check_chain(batches)
+    spans = sorted(
+        (record.start_boot_ms, record.end_boot_ms)
+        for batch in batches
+        for record in batch.records
+        if isinstance(record, UsageRecord)
+    )
+    assert all(left[1] == right[0] for left, right in itertools.pairwise(spans))
 
 
 def lost_start_ms(records: list[UsageRecord]) -> int:
@@ -306,3 +346,80 @@ def test_a_file_that_is_no_batch_is_moved_aside() -> None:
 
     assert (len(spool), spool.quarantined) == (0, 1)
     assert disk.read("quarantine/garbage.batch") == b"?"
+
+
+def test_another_key_begins_a_stream_that_names_the_old_one() -> None:
+    """Whoever lost the key file goes on metering, in a stream of the new key."""
+    place = Node(MemoryDisk())
+    agent = place.agent()
+    place.tick(agent, 70)
+    old = agent.view.stream_id
+    place.key = SigningKey.from_seed(b"\x04" * 32)
+    agent = place.agent()
+    place.tick(agent, 3)
+    agent.stop()
+    batches = [batch for batch in place.batches() if batch.header.stream_id != old]
+
+    assert batches[0].header.public_key == place.key.public_key
+    assert batches[0].header.predecessor is not None
+    assert batches[0].header.predecessor.stream_id == old
+    assert batches[0].header.predecessor.sequence == 0
+    assert sum(record.gpu_time_ms for record in place.usage()) == 73_000
+
+
+def test_another_ledger_begins_a_stream_that_is_bound_to_it() -> None:
+    """A collector whose ledger was founded anew gets what is sealed from now on."""
+    place = Node(MemoryDisk())
+    agent = place.agent()
+    agent.learn_ledger("cd" * 16)
+    place.tick(agent, 70)
+    agent.learn_ledger("ef" * 16)
+    place.tick(agent, 70)
+    agent.stop()
+    bound = {batch.header.stream_id: batch.header.ledger_id for batch in place.batches()}
+
+    assert sorted(bound.values(), key=str) == ["cd" * 16, "ef" * 16]
+    assert sum(record.gpu_time_ms for record in place.usage()) == 140_000
+
+
+def test_owners_of_one_window_are_never_sealed_apart() -> None:
+    """After a long full disk many records wait: batches are cut between windows."""
+    disk = MemoryDisk()
+    place = Node(disk)
+    sharers = (claim("atlas"), claim("birch"), claim("cedar"))
+    agent = place.agent()
+    place.tick(agent, 61)
+    disk.room_bytes = 0
+    for second in range(1500):
+        place.attributor.now = sharers if second % 2 else (*sharers, claim("delta"))
+        place.tick(agent)
+    disk.room_bytes = None
+    agent.stop()
+    for batch in place.batches():
+        windows: dict[tuple[int, int], int] = {}
+        for record in batch.records:
+            assert isinstance(record, UsageRecord)
+            span = (record.start_boot_ms, record.end_boot_ms)
+            windows[span] = windows.get(span, 0) + record.gpu_time_ms
+        assert all(time == end - start for (start, end), time in windows.items())
+
+    assert len(place.batches()) > 2
+
+
+def test_a_record_no_wire_can_carry_is_moved_aside() -> None:
+    """One absurd reading costs one record, never the stream."""
+    disk = MemoryDisk()
+    place = Node(disk)
+    place.attributor.now = (claim("atlas"),)
+    agent = place.agent()
+    place.tick(agent, 2)
+    odd = msgspec.structs.replace(GPU, uuid="GPU-" + "0" * 200)
+    place.device = odd
+    place.tick(agent, 2)
+    place.device = GPU
+    place.tick(agent, 2)
+    agent.stop()
+
+    assert agent.moved_aside >= 1
+    assert disk.names("quarantine") != []
+    assert {record.device.uuid for record in place.usage()} == {GPU.uuid}

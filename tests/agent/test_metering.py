@@ -7,9 +7,11 @@ from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import msgspec
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from flopledger_agent.gpus.interface import DeviceFailure
 from flopledger_agent.metering import (
     MeterState,
     close_windows,
@@ -21,7 +23,7 @@ from flopledger_agent.metering import (
     shares,
 )
 from flopledger_core.records import GapRecord, UsageRecord
-from tests.agent.sampling import GPU, SECOND_NS, UNIX_NS, claim, cycles, node, sample
+from tests.agent.sampling import BOOT_NS, GPU, SECOND_NS, UNIX_NS, claim, cycles, node, sample
 
 if TYPE_CHECKING:
     from flopledger_agent.attribution.interface import Claim
@@ -157,7 +159,7 @@ def test_a_reboot_leaves_a_gap_from_the_last_reading() -> None:
     state, _ = observe(
         state, node(0, sample(0, cycles(0), 0)), {GPU.key: (ATLAS,)}, tick_ns=SECOND_NS
     )
-    resumed = resume(state, "boot-2", UNIX_NS + 90 * SECOND_NS)
+    resumed = resume(state, "boot-2", 7 * SECOND_NS, UNIX_NS + 90 * SECOND_NS)
     (gap,) = records_of(resumed.closed)
 
     assert isinstance(gap, GapRecord)
@@ -266,3 +268,85 @@ def test_counts_are_conserved_whatever_happens(
             expected += max(0, after.energy_mj - before.energy_mj)
 
     assert sum(record.energy_mj or 0 for record in usage_of(state)) == expected
+
+
+def test_the_first_slice_after_a_restart_is_recovered_however_short() -> None:
+    """Nobody watched: not even three seconds are given to whoever is there now."""
+    state = empty_state("boot-1")
+    for at_ns in (0, SECOND_NS):
+        state, _ = observe(
+            state, node(at_ns, sample(at_ns, cycles(at_ns), at_ns)), {GPU.key: (ATLAS,)},
+            tick_ns=SECOND_NS,
+        )  # fmt: skip
+    state = resume(state, "boot-1", BOOT_NS + 3 * SECOND_NS, UNIX_NS + 3 * SECOND_NS)
+    later = 4 * SECOND_NS
+    state, _ = observe(
+        state, node(later, sample(later, cycles(later), later)), {GPU.key: (BIRCH,)},
+        tick_ns=SECOND_NS,
+    )  # fmt: skip
+    _, dark = usage_of(close_windows(state))
+
+    assert dark.flags == ("recovered",)
+    assert dark.owner.kind == "unattributed"
+    assert dark.gpu_time_ms == 3000
+
+
+@pytest.mark.parametrize(("boot_id", "now_boot_ns"), [("boot-1", 1), ("boot-2", 10**15)])
+def test_another_boot_is_never_bridged(boot_id: str, now_boot_ns: int) -> None:
+    """A boot time that went back is another boot, whatever its id says."""
+    state = empty_state("boot-1")
+    state, _ = observe(
+        state, node(0, sample(0, cycles(0), 0)), {GPU.key: (ATLAS,)}, tick_ns=SECOND_NS
+    )
+    resumed = resume(state, boot_id, now_boot_ns, UNIX_NS + 60 * SECOND_NS)
+
+    assert resumed.devices == {}
+    assert [type(record) for record in records_of(resumed.closed)] == [GapRecord]
+
+
+def test_a_boot_without_an_id_is_never_bridged() -> None:
+    """Two unknown boots are not known to be one."""
+    state = empty_state("unknown")
+    state, _ = observe(
+        state, node(0, sample(0, cycles(0), 0)), {GPU.key: (ATLAS,)}, tick_ns=SECOND_NS
+    )
+
+    assert resume(state, "unknown", BOOT_NS + SECOND_NS, UNIX_NS + SECOND_NS).devices == {}
+
+
+def test_boot_time_that_goes_back_while_running_leaves_a_gap_and_goes_on() -> None:
+    """A restored virtual machine is metered again from its first sample."""
+    state = run([
+        (70 * SECOND_NS, sample(70 * SECOND_NS, cycles(70), 70), (ATLAS,)),
+        (71 * SECOND_NS, sample(71 * SECOND_NS, cycles(71), 71), (ATLAS,)),
+        (10 * SECOND_NS, sample(10 * SECOND_NS, cycles(10), 10), (ATLAS,)),
+        (11 * SECOND_NS, sample(11 * SECOND_NS, cycles(11), 11), (ATLAS,)),
+    ])  # fmt: skip
+
+    assert [record.gpu_time_ms for record in usage_of(state)] == [1000, 1000]
+    assert any(isinstance(record, GapRecord) for record in records_of(state.closed))
+
+
+def test_a_device_dark_for_an_hour_is_stated_as_a_gap() -> None:
+    """Its time appears while it is missing, and is not counted again when it returns."""
+    state = empty_state("boot-1")
+    minute = 60 * SECOND_NS
+    for at_ns in (0, SECOND_NS):
+        state, _ = observe(
+            state, node(at_ns, sample(at_ns, cycles(at_ns), at_ns)), {GPU.key: (ATLAS,)},
+            tick_ns=SECOND_NS,
+        )  # fmt: skip
+    lost = (DeviceFailure(device=GPU, reason="gpu_is_lost"),)
+    for number in range(1, 151):
+        state, _ = observe(state, node(number * minute, failures=lost), {}, tick_ns=SECOND_NS)
+    back = 151 * minute
+    state, _ = observe(
+        state, node(back, sample(back, cycles(back), back)), {GPU.key: (ATLAS,)},
+        tick_ns=SECOND_NS,
+    )  # fmt: skip
+    records = records_of(close_windows(state).closed)
+    dark = sum(record.gap_ms for record in records if isinstance(record, GapRecord))
+    seen = sum(record.gpu_time_ms for record in records if isinstance(record, UsageRecord))
+
+    assert dark + seen == 151 * 60_000
+    assert "gpu_is_lost" in {r.reason for r in records if isinstance(r, GapRecord)}

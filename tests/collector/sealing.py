@@ -119,6 +119,8 @@ def usage(
         flags=(),
         user_commitment=None,
     )  # fmt: skip
+    if "energy_mj" in changes and changes["energy_mj"] is None:
+        changes = {"energy_origin": "absent"} | changes
     return msgspec.structs.replace(record, **changes)
 
 

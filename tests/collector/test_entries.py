@@ -15,9 +15,11 @@ from tests.collector.opened import folded, opened, opening
 from tests.collector.sealing import START_UNIX_MS, TestClock, hours
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
     from flopledger_collector.ledger.delta import UnfoldedEntry
+    from flopledger_core.records import ProjectOpened
 
 
 def _journal(directory: Path) -> list[UnfoldedEntry]:
@@ -77,19 +79,19 @@ def test_a_lost_key_begins_a_successor_stream_that_names_its_predecessor(tmp_pat
 @pytest.mark.parametrize(
     ("record", "field"),
     [
-        (opening("idle"), "project"),
-        (opening("<script>"), "project"),
-        (msgspec.structs.replace(opening(), author=""), "author"),
-        (msgspec.structs.replace(opening(), at_unix_ms=-1), "at_unix_ms"),
+        (lambda: opening("idle"), "project"),
+        (lambda: opening("<script>"), "project"),
+        (lambda: msgspec.structs.replace(opening(), author=""), "author"),
+        (lambda: msgspec.structs.replace(opening(), at_unix_ms=-1), "at_unix_ms"),
     ],
 )
 def test_an_entry_that_cannot_stand_is_refused_and_posts_nothing(
-    record: object, field: str, tmp_path: Path
+    record: Callable[[], ProjectOpened], field: str, tmp_path: Path
 ) -> None:
     """The sentence names the field."""
     with opened(tmp_path) as handle:
         with pytest.raises(InvalidInput, match=field):
-            handle.entries.post(opening(), record)  # type: ignore[arg-type]
+            handle.entries.post(opening(), record())
         assert handle.ledger.position().provisional_entries == 0
 
 

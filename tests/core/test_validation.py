@@ -9,9 +9,10 @@ import pytest
 
 from flopledger_core.accelerators import load_table
 from flopledger_core.batch import decode
-from flopledger_core.records import Record, UsageRecord
+from flopledger_core.identity import UNATTRIBUTED_OWNER
+from flopledger_core.records import Attribution, GapRecord, Record, UsageRecord
 from flopledger_core.validation import CHECKS, findings
-from tests.core.sealed import ELAPSED, sealed, usage
+from tests.core.sealed import ELAPSED, H100, sealed, usage
 
 TABLE = load_table()
 
@@ -60,6 +61,21 @@ def overlapping_windows() -> list[Record]:
     return [first, second]
 
 
+def gap_over_usage() -> list[Record]:
+    """A window that was metered and dark at once."""
+    gap = GapRecord(
+        device=H100, start_unix_ms=1_764_000_010_000, start_boot_ms=15_000, gap_ms=1_000,
+        owner=UNATTRIBUTED_OWNER, attribution=Attribution(source="none"), precision=None,
+        reason="timeout", flags=(), user_commitment=None,
+    )  # fmt: skip
+    return [usage(), gap]
+
+
+def cycles_in_no_time() -> list[Record]:
+    """A window without length that claims work."""
+    return [usage(end_boot_ms=5_000, gpu_time_ms=0, wall_time_ms=0)]
+
+
 @pytest.mark.parametrize(
     ("code", "records", "header"),
     [
@@ -69,6 +85,10 @@ def overlapping_windows() -> list[Record]:
         ("energy_exceeds_power", energy_above_power(), {}),
         ("gpu_time_does_not_tile", shares_that_do_not_tile(), {}),
         ("windows_overlap", overlapping_windows(), {}),
+        ("windows_overlap", gap_over_usage(), {}),
+        ("elapsed_exceeds_clock", cycles_in_no_time(), {}),
+        ("energy_exceeds_power", cycles_in_no_time(), {}),
+        ("time_exceeds_window", [usage(wall_time_ms=2**62)], {}),
     ],
 )
 def test_each_check_has_a_failing_fixture(
@@ -80,4 +100,4 @@ def test_each_check_has_a_failing_fixture(
 
 def test_every_check_is_in_the_matrix_above() -> None:
     """A new check needs a failing fixture of its own."""
-    assert len(CHECKS) == 6
+    assert len(CHECKS) == 7

@@ -10,6 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from flopledger_core.accelerators import load_table
+from flopledger_core.energy import energy_bounds
 from flopledger_core.flop import basis, work
 from flopledger_core.records import PIPES, GapRecord, UsageRecord
 from tests.end_to_end.virtual_node import VirtualNode
@@ -204,3 +205,92 @@ def test_driver_faults_leave_bounds_that_contain_the_truth(kind: str) -> None:
 
     assert time_ms * 1_000_000 == truth.gpu_time_ns
     assert sum(flop.low for flop in flops) <= true_flop <= sum(flop.high or 0 for flop in flops)
+
+
+def bounds_of(records: list[Any], project: str, row: str = "H100 SXM") -> tuple[int, int]:
+    """Low and high FLOP of a project's records."""
+    flops = [
+        work(basis(record), table=TABLE, accelerator=TABLE.by_key(row), device_name=row,
+             precision=record.precision).flop
+        for record in records
+        if record.owner.account == project
+    ]  # fmt: skip
+    return sum(flop.low for flop in flops), sum(flop.high or 0 for flop in flops)
+
+
+def flop_of(integrals: Any) -> Fraction:
+    """True FLOP of BF16 work on an H100."""
+    return Fraction(integrals.active_cycles["hmma"] * 4096 + integrals.active_cycles["fp32"] * 256)
+
+
+def test_bounds_contain_the_truth_of_every_sharer() -> None:
+    """Nine tenths and one tenth, split by rule into halves: both truths lie within the bounds."""
+    steady = phase(120, ["train", "other"], shares={"train": 9, "other": 1})
+    world = scenario([steady])
+    world["processes"] = PROCESSES | {
+        "other": {"pid": 10_000_003, "create_time_unix": 1,
+                  "environ": {"FLOPLEDGER_PROJECT": "cedar", "FLOPLEDGER_PRECISION": "bf16"}},
+    }  # fmt: skip
+    with VirtualNode(world) as node:
+        node.run(120)
+        node.stop()
+        records = usage_only(node.records())
+        truth = node.truth_of(records)
+    for process, project in (("train", "atlas"), ("other", "cedar")):
+        low, high = bounds_of(records, project)
+        true = truth.owner(process)
+        energies = [
+            energy_bounds(basis(record), TABLE.by_key("H100 SXM"))
+            for record in records
+            if record.owner.account == project
+        ]
+
+        assert low <= flop_of(true) <= high
+        assert sum(found.low for found in energies) <= true.energy_mj
+        assert true.energy_mj <= sum(found.high or 0 for found in energies)
+
+
+@pytest.mark.parametrize(
+    ("model", "row", "driver"),
+    [(H100, "H100 SXM", "580.65.06"), ("NVIDIA A100-SXM4-80GB", "A100 SXM", "595.71.05")],
+)
+def test_bounds_contain_the_truth_when_the_clock_moves_inside_a_tick(
+    model: str, row: str, driver: str
+) -> None:
+    """Busy at a high clock, read at a low one: percentages alone cannot say, the bounds can."""
+    busy = {"seconds": 0.9, "sm_clock_mhz": 1980 if row == "H100 SXM" else 1410,
+            "power_watts": 400, "sm_active": 0.98, "pipes": {"hmma": 0.8, "fp32": 0.02},
+            "processes": ["train"]}  # fmt: skip
+    pause = busy | {"seconds": 0.1, "sm_clock_mhz": 345, "pipes": {"hmma": 0.0}}
+    world: dict[str, object] = {
+        "driver_version": driver, "processes": PROCESSES,
+        "gpus": [{"model": model, "phases": [busy, pause] * 60}],
+    }  # fmt: skip
+    with VirtualNode(world) as node:
+        node.run(60)
+        node.stop()
+        records = usage_only(node.records())
+        true = node.truth_of(records).owner("train")
+    low, high = bounds_of(records, "atlas", row)
+    rate = 4096 if row == "H100 SXM" else 2048
+    fp32 = 256 if row == "H100 SXM" else 128
+    true_flop = true.active_cycles["hmma"] * rate + true.active_cycles["fp32"] * fp32
+
+    assert low <= true_flop <= high
+
+
+def test_a_driver_reset_in_the_dark_stays_within_the_bounds() -> None:
+    """Counters that restarted and overtook themselves look whole: the high end allows for it."""
+    fault = {"kind": "counter_reset", "at_seconds": 70.0}
+    with VirtualNode(scenario([phase(400, ["train"])], faults=[fault])) as node:
+        node.run(20)
+        node.kill_agent(dark_seconds=200)
+        node.run(20)
+        node.stop()
+        records = usage_only(node.records())
+        true = node.truth_of(records).owner("train")
+    everyone = [bounds_of(records, account) for account in ("atlas", "unattributed")]
+    energies = [energy_bounds(basis(record), TABLE.by_key("H100 SXM")) for record in records]
+
+    assert sum(low for low, _ in everyone) <= flop_of(true) <= sum(high for _, high in everyone)
+    assert true.energy_mj <= sum(found.high or 0 for found in energies)

@@ -23,6 +23,7 @@ class Process(msgspec.Struct, frozen=True, kw_only=True):
     pid: int
     create_time_ms: int  # wall time of its start; a reused pid has another one
     user: str | None
+    uid: int | None = None  # the real user, None where a table does not know it
     environ: dict[str, str] | None  # None: not permitted to read it
     ancestors: tuple[tuple[int, int], ...]  # (pid, create_time_ms) of parent, grandparent, ...
     reason: str | None  # why something of it could not be read
@@ -40,10 +41,17 @@ class Claim(msgspec.Struct, frozen=True, kw_only=True):
     user: str | None
     flags: tuple[str, ...]
 
-    def attribution(self, sharers: int) -> Attribution:
-        """The attribution a record carries for this claim."""
+    def attribution(self, sharers: int, weights: int) -> Attribution:
+        """The attribution of a record for this claim among `sharers` with so many `weights`."""
         return msgspec.convert(
-            {"source": self.source, "sharers": sharers, "evidence": self.evidence}, Attribution
+            {
+                "source": self.source,
+                "sharers": sharers,
+                "weight": self.weight,
+                "weights": weights,
+                "evidence": self.evidence,
+            },
+            Attribution,
         )
 
 

@@ -3,7 +3,8 @@
 A process is a pid and a create time together, so a pid that the system gave away again is never
 taken for the old process. What is known of a process is kept while it lives; its create time is
 fixed at first sight, because it is told in wall time and would move when the clock steps. Of its
-environment only the variables of attribution are kept: the rest may hold secrets.
+environment only the variables of attribution are kept: the rest may hold secrets. Reading it can
+block for as long as the process hangs in the kernel, so that is never waited for.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import os
 import select
 import threading
 from collections import OrderedDict
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, TypeAlias
 
 import msgspec
 import psutil
@@ -31,6 +32,48 @@ ANCESTORS_MAX: Final = 64  # deeper trees exist only by accident
 # A process keeps its pid when it executes another program, but not its environment: look again
 # after this many questions (a minute at one a second).
 QUESTIONS_PER_ENVIRONMENT: Final = 60
+# Reading an environment takes microseconds; one that takes longer belongs to a process that hangs
+# in the kernel, and the sampling loop must not hang with it.
+ENVIRONMENT_DEADLINE_SECONDS: Final = 0.2
+QUESTIONS_PER_LATE_ENVIRONMENT: Final = 5  # how soon it is tried again
+LATE_READS_MAX: Final = 8  # threads that may be lost to hanging processes at once
+TIMED_OUT: Final = "timed out; the process hangs in the kernel and is asked again"
+
+Environment: TypeAlias = tuple[dict[str, str] | None, str | None]
+
+
+class EnvironmentReader:
+    """Reads environments, each in a thread of its own, under a deadline.
+
+    A process whose reading has not come back is not asked again meanwhile, and there are never more
+    than a few such threads, so hanging processes cost neither time nor memory without bound.
+    """
+
+    def __init__(self, deadline_seconds: float = ENVIRONMENT_DEADLINE_SECONDS) -> None:
+        self._deadline_seconds = deadline_seconds
+        self._late: dict[psutil.Process, threading.Thread] = {}
+
+    def read(self, handle: psutil.Process) -> Environment:
+        """The variables of attribution, or None and why. One caller at a time."""
+        self._late = {key: thread for key, thread in self._late.items() if thread.is_alive()}
+        if handle in self._late or len(self._late) >= LATE_READS_MAX:
+            return None, TIMED_OUT
+        answers: list[Environment] = []
+        thread = threading.Thread(
+            target=lambda: answers.append(_environment(handle)),
+            name=f"environ-{handle.pid}",
+            daemon=True,
+        )
+        try:
+            thread.start()
+        except RuntimeError:
+            return None, "no thread to read it with"
+        thread.join(self._deadline_seconds)
+        if answers:
+            return answers[0]
+        if thread.is_alive():
+            self._late[handle] = thread
+        return None, TIMED_OUT
 
 
 class _Known:
@@ -72,8 +115,11 @@ class _Known:
 class PsutilProcessTable:
     """The operating system's processes; usable from several threads."""
 
-    def __init__(self, processes_max: int = PROCESSES_MAX) -> None:
+    def __init__(
+        self, processes_max: int = PROCESSES_MAX, environments: EnvironmentReader | None = None
+    ) -> None:
         self._processes_max = processes_max
+        self._environments = EnvironmentReader() if environments is None else environments
         self._known: OrderedDict[int, _Known] = OrderedDict()
         self._create_times: OrderedDict[psutil.Process, int] = OrderedDict()
         self._watched = 0
@@ -96,8 +142,10 @@ class PsutilProcessTable:
                     self._drop(next(iter(self._known)))
             self._known.move_to_end(pid)
             known.questions += 1
-            if known.questions % QUESTIONS_PER_ENVIRONMENT == 0:
-                _look_again(known)
+            late = known.process.reason == TIMED_OUT
+            pause = QUESTIONS_PER_LATE_ENVIRONMENT if late else QUESTIONS_PER_ENVIRONMENT
+            if known.questions % pause == 0:
+                self._look_again(known)
             return known.process
 
     def _drop(self, pid: int) -> None:
@@ -113,16 +161,25 @@ class PsutilProcessTable:
             return None
         except (psutil.AccessDenied, ValueError, OverflowError):
             return None  # hidden from us, or not a pid at all
-        environ, reason = _environment(handle)
+        environ, reason = self._environments.read(handle)
         process = Process(
             pid=pid,
             create_time_ms=create_time_ms,
             user=_user(handle),
+            uid=_uid(handle),
             environ=environ,
             ancestors=self._ancestors(handle),
             reason=reason,
         )
         return _Known(handle, process, watch=self._watched < WATCHED_MAX)
+
+    def _look_again(self, known: _Known) -> None:
+        environ, reason = self._environments.read(known.handle)
+        before = known.process
+        if environ is None and before.environ is not None:
+            return  # what was read before still tells most
+        if (environ, reason) != (before.environ, before.reason):
+            known.process = msgspec.structs.replace(before, environ=environ, reason=reason)
 
     def _create_time_ms(self, handle: psutil.Process) -> int:
         create_time_ms = self._create_times.get(handle)
@@ -181,14 +238,15 @@ def _environment(handle: psutil.Process) -> tuple[dict[str, str] | None, str | N
     return {name: environ[name] for name in KEPT_VARIABLES if name in environ}, None
 
 
-def _look_again(known: _Known) -> None:
-    environ, _reason = _environment(known.handle)
-    if environ is not None and environ != known.process.environ:
-        known.process = msgspec.structs.replace(known.process, environ=environ, reason=None)
-
-
 def _user(handle: psutil.Process) -> str | None:
     try:
         return handle.username()
+    except psutil.Error:
+        return None
+
+
+def _uid(handle: psutil.Process) -> int | None:
+    try:
+        return int(handle.uids().real)
     except psutil.Error:
         return None

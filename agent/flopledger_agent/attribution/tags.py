@@ -169,7 +169,8 @@ def answer(line: bytes, *, pid: int, uid: int, registry: TagRegistry) -> TagAnsw
         return TagAnswer(
             error=f"process {target} is not visible to the agent; run both in one pid namespace"
         )
-    if target != pid and uid != 0 and process.user != _user_name(uid):
+    # The client's own process is checked, too: by now its pid may be somebody else's.
+    if not _is_of(process, uid) and (target == pid or uid != 0):
         return TagAnswer(error=f"process {target} belongs to somebody else; tag only your own")
     try:
         registry.register(process, request.tags)
@@ -231,6 +232,13 @@ class _Handler(socketserver.BaseRequestHandler):
         if not newline:
             return TagAnswer(error="the request did not end in time; send one line")
         return answer(line, pid=pid, uid=uid, registry=registry)
+
+
+def _is_of(process: Process, uid: int) -> bool:
+    """Whether a process runs for a user, by number where the table knows it."""
+    if process.uid is not None:
+        return process.uid == uid
+    return process.user == _user_name(uid)
 
 
 def _user_name(uid: int) -> str:

@@ -2,8 +2,8 @@
 
 Pure: no driver, no clock. Percentages become exact ratios; cumulative counters become integer
 SM-cycles summed over SMs. What the counters count (every SM, or the mean SM) is documented by
-nobody, so it is found out by comparison with the SM clock, and cycles are given only once that is
-certain: a wrong scale would be wrong by the number of SMs.
+nobody, so it is found out by comparison with the SM clock, cycles are given only once that is
+certain, and every later interval is held against it: a wrong scale is wrong by the number of SMs.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Final, Literal, TypeVar
 
 import msgspec
 
+from flopledger_agent.gpus.limits import SM_CLOCK_KHZ_MIN, UNKNOWN_LIMITS, Limits
 from flopledger_agent.gpus.nvml_errors import meaning_of
 from flopledger_core.records import Cycles, Tier
 from flopledger_core.units import INT64_MAX, NS_PER_SECOND
@@ -60,13 +61,24 @@ PERCENT_MAX: Final = 101.0
 # between); the two candidate scales differ by the number of SMs, which must exceed its square.
 SCALE_TOLERANCE: Final = 3.0
 
+# Intervals in a row that must show one scale before it is believed: one alone deceives when the
+# device slept for most of it.
+AGREEING_INTERVALS: Final = 2
+# How old the driver's own sample of the counters may be: an interval can hold so much more.
+REFRESH_NS: Final = 100_000_000
+# A value that is there but cannot be one, as against a counter the driver does not have.
+NO_READING: Final = frozenset({"not_a_number", "out_of_range"})
+
 Scale = Literal["sum", "mean"]
 Number = TypeVar("Number", int, Fraction)
 Answers = dict[int, tuple[int, float]]  # metric id -> (NVML return code, value)
 
 
 class GpmReading(msgspec.Struct, frozen=True, kw_only=True):
-    """What one pair of GPM samples tells; `tier` None: nothing usable."""
+    """What one pair of GPM samples tells; `tier` None: nothing usable about the interval.
+
+    Cycles may come with ratios, or without a tier: they begin the next interval.
+    """
 
     tier: Tier | None
     cycles: Cycles | None
@@ -92,19 +104,25 @@ def count_of(value: float) -> int | str:
 
 
 def classify_scale(
-    *, cycles: int, interval_ns: int, clocks_khz: tuple[int, int], sm_count: int
+    *,
+    cycles: int,
+    interval_ns: int,
+    clocks_khz: tuple[int, int],
+    sm_count: int,
+    mean_clock_khz_max: int = UNKNOWN_LIMITS.mean_clock_khz,
 ) -> Scale | None:
     """Whether a counter that advanced by `cycles` counts every SM or the mean SM; None: unclear.
 
-    Compares its rate with the SM clock readings at both ends, by ratio, with a wide tolerance.
+    Compares its rate with the SM clock readings at both ends, by ratio, with a wide tolerance, and
+    asks that the clock it implies is one an awake device can have.
     """
     if cycles <= 0 or interval_ns <= 0 or min(clocks_khz) <= 0:
         return None
     if sm_count <= SCALE_TOLERANCE * SCALE_TOLERANCE:
         return None
     rate_khz = cycles * NS_PER_SECOND / interval_ns / 1000
-    low = min(clocks_khz) / SCALE_TOLERANCE
-    high = max(clocks_khz) * SCALE_TOLERANCE
+    low = max(SM_CLOCK_KHZ_MIN, min(clocks_khz) / SCALE_TOLERANCE)
+    high = min(mean_clock_khz_max, max(clocks_khz) * SCALE_TOLERANCE)
     is_mean = low <= rate_khz <= high
     is_sum = low * sm_count <= rate_khz <= high * sm_count
     if is_mean == is_sum:
@@ -112,75 +130,137 @@ def classify_scale(
     return "mean" if is_mean else "sum"
 
 
-class GpmMeter:
-    """Interprets one device's GPM answers, tick by tick; remembers the counters' scale."""
+def contradicts(
+    scale: Scale, *, cycles: int, interval_ns: int, sm_count: int, mean_clock_khz_max: int
+) -> bool:
+    """Whether a counter of this scale cannot have advanced by `cycles`: too fast for any clock.
 
-    def __init__(self, sm_count: int | None, scale: Scale | None = None) -> None:
+    Too slow proves nothing, because the counter of a device that sleeps stands still.
+    """
+    fastest = mean_clock_khz_max * 1000 * (sm_count if scale == "sum" else 1)
+    return cycles * NS_PER_SECOND > fastest * (max(0, interval_ns) + REFRESH_NS)
+
+
+class GpmMeter:
+    """Interprets one device's GPM answers, tick by tick; remembers the counters' scale.
+
+    The scale is believed once two intervals in a row agree on it (those that are unclear do not
+    count), and is held against every later interval; contradicted, it is found out anew.
+    """
+
+    def __init__(
+        self, sm_count: int | None, scale: Scale | None = None, limits: Limits = UNKNOWN_LIMITS
+    ) -> None:
         self._sm_count = sm_count
         self._scale: Scale | None = scale
+        self._limits = limits
         self._last: tuple[int, int, int | None] | None = None  # elapsed, boot_ns, clock_khz
+        self._candidate: Scale | None = None
+        self._agreeing = 0
+        self._why_unknown = "scale_undetermined"
 
     @property
     def scale(self) -> Scale | None:
         """What the cycle counters count; None until it is certain."""
         return self._scale
 
+    def learn_device(self, sm_count: int | None, limits: Limits) -> None:
+        """Take over what became known of the device since it was opened."""
+        self._sm_count, self._limits = sm_count, limits
+
     def interpret(
-        self, answers: Answers, *, boot_ns: int, sm_clock_khz: int | None, since_delivered: bool
+        self,
+        answers: Answers,
+        *,
+        boot_ns: int,
+        sm_clock_khz: int | None,
+        since_delivered: bool,
+        hand_over: bool = False,
     ) -> GpmReading:
         """The best reading the answers allow: cycles, else ratios, else nothing, with reasons.
 
         `since_delivered`: the pair begins at the last delivered sample, so that its percentages
         are means over exactly the interval the consumer sees; counters do not need that.
+        `hand_over`: the last delivered sample had no cycles to count from, so the interval that
+        ends now is told by ratios, and the cycles given with them begin the next one.
         """
         counters, missing = _read(COUNTERS, answers, count_of)
-        self._learn_scale(counters.get("elapsed"), boot_ns, sm_clock_khz)
-        cycles = self._cycles(counters)
+        self._follow(counters.get("elapsed"), boot_ns, sm_clock_khz)
+        cycles = self._cycles(counters, missing, boot_ns)
+        absent: dict[str, str] = {}
+        counted: Cycles | None = None
         if isinstance(cycles, Cycles):
-            return GpmReading(
-                tier="gpm_cycles",
-                cycles=cycles,
-                utilization=None,
-                absent={f"cycles.{name}": reason for name, reason in missing.items()},
-            )
-        absent = {"cycles": cycles}
+            counted = cycles
+            absent = {f"cycles.{name}": reason for name, reason in missing.items()}
+            if not hand_over:
+                return GpmReading(
+                    tier="gpm_cycles", cycles=counted, utilization=None, absent=absent
+                )
+        else:
+            absent["cycles"] = cycles
         if not since_delivered:
             absent["utilization"] = "first_reading"
-            return GpmReading(tier="gpm_util", cycles=None, utilization=None, absent=absent)
+            tier: Tier | None = None if counted is not None else "gpm_util"
+            return GpmReading(tier=tier, cycles=counted, utilization=None, absent=absent)
         ratios, missing = _read(PERCENTAGES, answers, ratio_of)
         if not ratios:
             absent["utilization"] = next(iter(missing.values()))
-            return GpmReading(tier=None, cycles=None, utilization=None, absent=absent)
+            return GpmReading(tier=None, cycles=counted, utilization=None, absent=absent)
         absent |= {f"utilization.{name}": reason for name, reason in missing.items()}
-        return GpmReading(tier="gpm_util", cycles=None, utilization=ratios, absent=absent)
+        return GpmReading(tier="gpm_util", cycles=counted, utilization=ratios, absent=absent)
 
-    def _learn_scale(self, elapsed: int | None, boot_ns: int, clock_khz: int | None) -> None:
-        if self._scale is not None or elapsed is None or self._sm_count is None:
+    def _follow(self, elapsed: int | None, boot_ns: int, clock_khz: int | None) -> None:
+        """Learn the scale from the interval that ends now, or hold it against the interval."""
+        if elapsed is None or self._sm_count is None:
             return
+        if elapsed > self._limits.cycles(boot_ns, self._sm_count):
+            return  # no reading at all: it says nothing about the scale
         last, self._last = self._last, (elapsed, boot_ns, clock_khz)
         if last is None:
+            return
+        cycles, interval_ns = elapsed - last[0], boot_ns - last[1]
+        if self._scale is not None:
+            if contradicts(
+                self._scale,
+                cycles=cycles,
+                interval_ns=interval_ns,
+                sm_count=self._sm_count,
+                mean_clock_khz_max=self._limits.mean_clock_khz,
+            ):
+                self._scale, self._candidate, self._agreeing = None, None, 0
+                self._why_unknown = "scale_contradicted"
             return
         clocks = [clock for clock in (last[2], clock_khz) if clock is not None]
         if not clocks:
             return
-        self._scale = classify_scale(
-            cycles=elapsed - last[0],
-            interval_ns=boot_ns - last[1],
+        found = classify_scale(
+            cycles=cycles,
+            interval_ns=interval_ns,
             clocks_khz=(min(clocks), max(clocks)),
             sm_count=self._sm_count,
+            mean_clock_khz_max=self._limits.mean_clock_khz,
         )
+        if found is None:
+            return
+        self._agreeing = self._agreeing + 1 if found == self._candidate else 1
+        self._candidate = found
+        if self._agreeing >= AGREEING_INTERVALS:
+            self._scale, self._why_unknown = found, "scale_undetermined"
 
-    def _cycles(self, counters: Mapping[str, int]) -> Cycles | str:
-        if "elapsed" not in counters or len(counters) == 1:
-            return "driver_lacks_cycle_counters"
-        if "any_tensor" not in counters and "hmma" not in counters:
+    def _cycles(
+        self, counters: Mapping[str, int], missing: Mapping[str, str], boot_ns: int
+    ) -> Cycles | str:
+        if missing.get("elapsed") in NO_READING:
+            return missing["elapsed"]
+        if "elapsed" not in counters or not {"any_tensor", "hmma"} & counters.keys():
             return "driver_lacks_cycle_counters"
         if self._sm_count is None:
             return "sm_count_unknown"
         if self._scale is None:
-            return "scale_undetermined"
+            return self._why_unknown
         factor = self._sm_count if self._scale == "mean" else 1
-        if max(counters.values()) * factor > INT64_MAX:
+        highest = min(INT64_MAX, self._limits.cycles(boot_ns, self._sm_count))
+        if max(counters.values()) * factor > highest:
             return "out_of_range"
         if factor != 1:
             counters = {name: value * factor for name, value in counters.items()}

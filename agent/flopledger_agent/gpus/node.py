@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Final
 
 import msgspec
 
-from flopledger_agent.gpus.device import DEVICE_NAME_MAX
+from flopledger_agent.gpus.device import DEVICE_NAME_MAX, UNKNOWN_NAME
 from flopledger_agent.gpus.nvml_errors import DriverError
 from flopledger_core.records import Device
 
@@ -61,7 +61,7 @@ class NodeReader:
         self._ticks += 1
         due = self._ticks % RESCAN_TICKS == 0
         view = self._view
-        if view is None or due or count != self._count or view.unidentified:
+        if view is None or due or count != self._count or not _is_complete(view):
             view = self._scan(count)
             self._count, self._view = count, view
         return view
@@ -94,6 +94,11 @@ class NodeReader:
 
     def _name(self, handle: Handle) -> str:
         try:
-            return self._nvml.name(handle)[:DEVICE_NAME_MAX] or "unknown"
+            return self._nvml.name(handle)[:DEVICE_NAME_MAX] or UNKNOWN_NAME
         except DriverError:
-            return "unknown"
+            return UNKNOWN_NAME
+
+
+def _is_complete(view: NodeView) -> bool:
+    """Whether every device has said who it is."""
+    return not view.unidentified and all(item.name != UNKNOWN_NAME for item in view.present)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Final, ParamSpec, TypeAlias, TypeVar
 
 import pynvml
 
-from flopledger_agent.gpus.device import DeviceReader, DeviceUnreadable, Request
+from flopledger_agent.gpus.device import UNKNOWN_NAME, DeviceReader, DeviceUnreadable, Request
 from flopledger_agent.gpus.interface import DeviceFailure, GpuSample, NodeSample
 from flopledger_agent.gpus.node import NodeReader, NodeView
 from flopledger_agent.gpus.nvml_errors import FUNCTION_NOT_FOUND, DriverError
@@ -161,6 +161,11 @@ class Nvml:
         return megahertz if megahertz == 2**32 - 1 else megahertz * KHZ_PER_MHZ
 
     @_translated
+    def max_sm_clock_khz(self, handle: Handle) -> int:
+        """The highest SM clock the device can be set to."""
+        return int(pynvml.nvmlDeviceGetMaxClockInfo(handle, pynvml.NVML_CLOCK_SM)) * KHZ_PER_MHZ
+
+    @_translated
     def utilization_percent(self, handle: Handle) -> int:
         """Share of time in which anything ran, over the driver's own last sample period."""
         return int(pynvml.nvmlDeviceGetUtilizationRates(handle).gpu)
@@ -292,13 +297,14 @@ class NvmlSource:
             if not slot.thread.stuck:
                 slot.thread.start(slot.reader.release, together)
         self._wait(together, self._deadline_seconds)
-        stuck = [slot.thread.stuck for slot in self._slots.values()]
-        if not any(stuck) and not self._node_thread.stuck:
+        stuck = [slot for slot in self._slots.values() if slot.thread.stuck]
+        if not stuck and not self._node_thread.stuck:
             together = Round()
             self._node_thread.start(self._node_reader.close, together)
             self._wait(together, self._deadline_seconds)
         for slot in self._slots.values():
-            slot.thread.close()
+            # What is stuck gives back what it holds if the driver ever answers.
+            slot.thread.close(slot.reader.give_back if slot in stuck else None)
         self._node_thread.close()
 
     # --- the driver ---------------------------------------------------------------------------
@@ -350,6 +356,8 @@ class NvmlSource:
         together = Round()
         for device in view.present:
             slot = self._expect(device)
+            if slot.device.name == UNKNOWN_NAME:
+                slot.device = device
             if slot.missing:
                 slot.missing, slot.return_count = False, slot.return_count + 1
             if not slot.thread.stuck:

@@ -106,6 +106,7 @@ OWN_REASONS: Final[dict[str, str]] = {
     "warming_up": "nothing to do: counting begins once the counters' scale is certain",
     "first_reading": "nothing to do: means and cycles begin with the second sample",
     "scale_undetermined": "nothing to do: the counters are used once their scale is certain",
+    "scale_contradicted": "nothing to do: the counters are used again once their scale is certain",
     "sm_count_unknown": "update the hardware table: it has no row for this device",
     "driver_lacks_cycle_counters": "update to an R595 or newer driver",
     "gpm_not_supported": "nothing to do: this device has no GPM (Hopper and newer have it)",

@@ -80,8 +80,10 @@ class WatchedThread(Generic[T]):
         self._jobs.put((job, answer, together))
         return answer
 
-    def close(self) -> None:
-        """Let the thread end once it is idle; does not wait."""
+    def close(self, last: Callable[[], T] | None = None) -> None:
+        """Let the thread end once it is idle, after `last` if there is one; does not wait."""
+        if last is not None:
+            self._jobs.put((last, Answer(), Round()))
         self._jobs.put(None)
 
     def _work(self) -> None:

@@ -52,6 +52,7 @@ class ReadLedger:
     ledger: Ledger
     clock: Clock
     rules: Rules
+    provenance: tuple[str, ...]  # what the configuration says of the inputs
 
     def now_unix_ms(self) -> int:
         """The ledger's calendar time."""
@@ -124,7 +125,9 @@ def reading(source: Source) -> Iterator[ReadLedger]:
     clock, database = clock_of(config), SqliteDatabase(url)
     try:
         ledger = _ledger(database, url, clock)
-        yield ReadLedger(ledger=ledger, clock=clock, rules=rules)
+        yield ReadLedger(
+            ledger=ledger, clock=clock, rules=rules, provenance=config.ledger.provenance
+        )
     finally:
         database.close()
 

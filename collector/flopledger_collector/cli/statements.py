@@ -50,6 +50,7 @@ def statement(
             generated_unix_ms=opened.now_unix_ms(),
             policies=policies,
             period=Period(start_unix_ms=start, end_unix_ms=end),
+            provenance=opened.provenance,
         )
     if form == "json":
         content = json_form.encode(json_form.statement_document(found))

@@ -128,7 +128,9 @@ def _show(console: Console, stage: Stage, family: Family, began: float, seconds:
                 console.print(screen.one_line(status, elapsed))
             if status is not None and not crossed and _budget_exceeded(status):
                 crossed = True
-                live.console.print(f"atlas passed its compute budget after {elapsed:.0f} s")
+                live.console.print(
+                    f"after {elapsed:.0f} s the central value of atlas passed its compute budget"
+                )
             pause.wait(min(REFRESH_SECONDS, max(0.0, seconds - elapsed)))
 
 
@@ -201,11 +203,15 @@ def _say_inputs(console: Console, stage: Stage) -> None:
 
 
 def _say_where(console: Console, output: Path) -> None:
-    console.print(f"everything is in {output}/", soft_wrap=True)
-    console.print(f"  {output}/statement-atlas.md   the statement above; also birch, cedar, .json")
-    console.print(f"  {output}/ledger/              the ledger: flopledger status --config "
-                  f"{output}/collector.toml", soft_wrap=True)  # fmt: skip
-    console.print("  dashboards/README.md         how to see this in Grafana")
+    for line in (
+        f"everything is in {output}/",
+        f"  {output}/statement-atlas.md   the statement above",
+        f"  {output}/statement-*.json     all three, with exact integers",
+        f"  {output}/ledger/              the ledger itself; ask it:",
+        f"      flopledger status --config {output}/collector.toml",
+        "  dashboards/README.md   how to see these figures in Grafana",
+    ):
+        console.print(line, soft_wrap=True, highlight=False)
 
 
 def _has_driver_bindings() -> bool:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from flopledger_collector.demo.stage import Stage
 
 BAR_WIDTH: Final = 16
+TIMES_FROM: Final = 10  # a thousand percent says less than ten times
 INSTRUMENT_NAMES: Final = {
     "eu-gpai-1e23": "EU 1e23",
     "eu-aia-51-2": "EU 1e25",
@@ -35,18 +36,19 @@ def render(stage: Stage, status: dict[str, Any] | None, elapsed: float, seconds:
     now = datetime.fromtimestamp(stage.virtual_unix_ns() // NS_PER_SECOND, UTC)
     head = Text.assemble(
         ("FlopLedger demo", "bold"),
-        "  simulated GPUs, real agents, one clock at ",
-        f"{stage.clock.speed}x: {now:%Y-%m-%d %H:%M} UTC",
+        "  simulated GPUs, real agents, one clock ",
+        f"at {stage.clock.speed}x: {now:%H:%M} UTC",
     )
     progress = Table.grid(padding=(0, 1))
     progress.add_row(
         ProgressBar(total=seconds, completed=min(elapsed, seconds), width=40),
         f"{min(elapsed, seconds):.0f} of {seconds} s",
-        f"pages: {stage.url}/",
     )
+    pages = Text(f"pages: {stage.url}/   metrics: {stage.url}/metrics")
     if status is None:
-        return Group(head, progress, Text("waiting for the first sealed minute ..."))
-    return Group(head, progress, projects(status), thresholds(status), Text(footer(status)))
+        waiting = Text("waiting for the first sealed minute ...")
+        return Group(head, progress, pages, waiting)
+    return Group(head, progress, pages, projects(status), thresholds(status), Text(footer(status)))
 
 
 def projects(status: dict[str, Any]) -> RenderableType:
@@ -137,10 +139,18 @@ def kwh(text: str) -> str:
     return f"{kilowatt_hours(int(text), 0)} kWh"
 
 
+def scientific_share(share: Fraction) -> str:
+    """A tiny share in percent, two significant digits: 1.1e-4."""
+    digits, _, exponent = f"{float(share * 100):.1e}".partition("e")
+    return f"{digits}e{int(exponent)}"
+
+
 def percent(share: Fraction) -> str:
     """A share as percent with three significant digits, however small."""
     if share == 0:
         return "0 %"
+    if share >= TIMES_FROM:
+        return f"{float(share):.3g} times"
     if share >= Fraction(1, 1000):
         return f"{float(share * 100):.3g} %"
-    return f"{float(share * 100):.1e} %"
+    return f"{scientific_share(share)} %"

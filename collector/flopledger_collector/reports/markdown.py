@@ -90,7 +90,7 @@ def _header(statement: Statement) -> Iterator[str]:
             ("Title", text(info.title)),
             ("Entity", text(info.entity)),
             ("Period", period_text(statement.period)),
-            ("Usage seen", _span_of(info.first_unix_ms, info.last_unix_ms)),
+            ("Records span", _span_of(info.first_unix_ms, info.last_unix_ms)),
             ("Ledger", f"`{position.ledger_id}`"),
             ("Position", f"{position.entries} journal entries"),
             ("Heads root", f"`{position.heads_root}`"),
@@ -144,7 +144,10 @@ def _summary(statement: Statement) -> Iterator[str]:
     rows = [
         ("Executed FLOP, its own work", figures.flop(usage.known("flop", usage.work.flop))),
         ("... with work of unknown owner", figures.flop(statement.flop)),
-        ("Integer operations", figures.flop(integer_operations(usage.work))),
+        (
+            "Integer operations",
+            figures.flop(usage.known("integer_operations", integer_operations(usage.work))),
+        ),
         ("Model FLOP, declared", figures.flop(usage.model_flop)),
         (
             f"Energy, kWh ({ENERGY_BOUNDARY})",
@@ -168,7 +171,7 @@ def _instruments(statement: Statement) -> Iterator[str]:
     if not statement.period.is_everything:
         yield "Over the project's whole life, not only the period."
         yield ""
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for found in statement.assessments:
         instrument, evaluation = found.instrument, found.evaluation
         value = evaluation.threshold.value
@@ -250,7 +253,9 @@ def _items(statement: Statement) -> Iterator[str]:
                 figures.hours(said(item.line, "gpu_time_ms", item.gpu_time_ms)),
                 figures.energy(said(item.line, "energy_mj", item.energy_mj)),
                 figures.flop(said(item.line, "flop", item.line.work.flop)),
-                figures.flop(integer_operations(item.line.work)),
+                figures.flop(
+                    said(item.line, "integer_operations", integer_operations(item.line.work))
+                ),
                 text(item.method),
             )
             for item in statement.items

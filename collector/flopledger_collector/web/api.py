@@ -7,11 +7,11 @@ may contain slashes; in a path it is percent-encoded as one segment.
 from __future__ import annotations
 
 from datetime import UTC, datetime
-from typing import Annotated, Any, Final, Literal
+from typing import Annotated, Any, Final
 from urllib.parse import unquote
 
 from litestar import Request, Response, get
-from litestar.params import Parameter
+from litestar.params import PathParameter, QueryParameter
 
 from flopledger_collector.exposition import CONTENT_TYPE
 from flopledger_collector.reports import json_form
@@ -19,14 +19,15 @@ from flopledger_collector.reports.markdown import statement_markdown
 from flopledger_collector.reports.statement import Period
 from flopledger_collector.web.surface import Surface
 from flopledger_core import __version__
-from flopledger_core.errors import InvalidInput
+from flopledger_core.errors import InvalidInput, UnknownName
 from flopledger_core.units import MS_PER_SECOND
 
 AnyRequest = Request[Any, Any, Any]
-ProjectId = Annotated[str, Parameter(description="Project id, percent-encoded as one segment.")]
+ProjectId = Annotated[str, PathParameter(description="Project id, percent-encoded as one segment.")]
 POLICIES_ASKED_MAX: Final = 32  # more than exist; a longer list is not a question
 MARKDOWN: Final = "text/markdown"  # the server adds the character set
 JSON: Final = "application/json"
+FORMS: Final = ("json", "markdown")
 
 
 def surface_of(request: AnyRequest) -> Surface:
@@ -102,22 +103,26 @@ def get_statement(  # noqa: PLR0913, PLR0917 - each is a parameter of the query
     request: AnyRequest,
     project_id: ProjectId,
     form: Annotated[
-        Literal["json", "markdown"], Parameter(query="format", description="How it is written.")
+        str, QueryParameter(name="format", description="Written as json or markdown.")
     ] = "json",
     policy: Annotated[
         list[str] | None,
-        Parameter(description="Policy ids; the adopted ones by default.", required=False),
+        QueryParameter(description="Policy ids; the adopted ones by default.", required=False),
     ] = None,
     first_day: Annotated[
         str | None,
-        Parameter(query="from", description="First UTC day, YYYY-MM-DD.", required=False),
+        QueryParameter(name="from", description="First UTC day, YYYY-MM-DD.", required=False),
     ] = None,
     end_day: Annotated[
         str | None,
-        Parameter(query="to", description="First UTC day after it, YYYY-MM-DD.", required=False),
+        QueryParameter(
+            name="to", description="First UTC day after it, YYYY-MM-DD.", required=False
+        ),
     ] = None,
 ) -> Response[bytes]:
     """The statement as JSON or Markdown."""
+    if form not in FORMS:
+        raise UnknownName("format", form, f"use one of: {', '.join(FORMS)}")
     policies = tuple(policy or ())
     if len(policies) > POLICIES_ASKED_MAX:
         raise InvalidInput("policy", len(policies), f"ask for at most {POLICIES_ASKED_MAX}")

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Final
+from typing import Any, Final
 from urllib.parse import unquote
 
 from litestar import Request, Response, get
-from litestar.params import Parameter
 
 from flopledger_collector.reports.statement import Period
-from flopledger_collector.web.api import surface_of
+from flopledger_collector.web.api import ProjectId, surface_of
 from flopledger_collector.web.pages import SECURITY_HEADERS, STYLE_NAME
 
 AnyRequest = Request[Any, Any, Any]
-ProjectId = Annotated[str, Parameter(description="Project id, percent-encoded as one segment.")]
 HTML: Final = "text/html"  # the server adds the character set
 STYLE_AGE_SECONDS: Final = 3600
 

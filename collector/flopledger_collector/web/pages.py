@@ -46,20 +46,21 @@ class Pages:
             trim_blocks=True,
             lstrip_blocks=True,
         )
-        self._environment.globals.update(
-            figures=figures,
-            units=units,
-            bar=bar,
-            integer_operations=integer_operations,
-            precision_of=precision_of,
-            said=said,
-            declared_flop=declared_flop,
-            declared_cost=declared_cost,
-            period_text=period_text,
-            boundary=ENERGY_BOUNDARY,
-            notes=NOTES,
-            segment=lambda text: quote(text, safe=""),
-        )
+        words: dict[str, Any] = {
+            "figures": figures,
+            "units": units,
+            "bar": bar,
+            "integer_operations": integer_operations,
+            "precision_of": precision_of,
+            "said": said,
+            "declared_flop": declared_flop,
+            "declared_cost": declared_cost,
+            "period_text": period_text,
+            "boundary": ENERGY_BOUNDARY,
+            "notes": NOTES,
+            "segment": _segment,
+        }
+        self._environment.globals.update(words)
         folder = resources.files("flopledger_collector.web")
         self.style = (folder / STYLE_NAME).read_bytes()
 
@@ -97,3 +98,8 @@ class Pages:
 
     def _render(self, name: str, **values: Any) -> str:  # noqa: ANN401 (whatever a template shows)
         return self._environment.get_template(name).render(**values)
+
+
+def _segment(text: str) -> str:
+    """Any text as one segment of a path."""
+    return quote(text, safe="")

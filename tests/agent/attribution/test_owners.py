@@ -137,7 +137,7 @@ def test_whatever_stands_in_an_environment_gives_one_sound_claim(environ: dict[s
     assert set(claim.flags) <= set(FLAGS)
     assert claim.evidence is not None
     assert len(claim.evidence) <= EVIDENCE_MAX
-    assert msgspec.json.encode(claim.attribution(1))
+    assert msgspec.json.encode(claim.attribution(1, 1))
     assert msgspec.json.encode(claim.owner)
 
 

@@ -5,13 +5,27 @@ from __future__ import annotations
 import getpass
 import os
 import sys
+import threading
+from contextlib import ExitStack
 from pathlib import Path
 
 import psutil
 import pytest
 
-from flopledger_agent.attribution.processes import CombinedProcessTable, PsutilProcessTable
-from tests.agent.attribution.people import FakeProcessTable, process, running, until
+from flopledger_agent.attribution.processes import (
+    LATE_READS_MAX,
+    QUESTIONS_PER_ENVIRONMENT,
+    CombinedProcessTable,
+    EnvironmentReader,
+    PsutilProcessTable,
+)
+from tests.agent.attribution.people import (
+    PATIENT_SECONDS,
+    FakeProcessTable,
+    process,
+    running,
+    until,
+)
 
 
 def test_a_real_process_is_known_with_its_tags_and_ancestors() -> None:
@@ -23,7 +37,7 @@ def test_a_real_process_is_known_with_its_tags_and_ancestors() -> None:
         found = PsutilProcessTable().identify(child.pid)
         assert found is not None
         assert found.environ == {"FLOPLEDGER_PROJECT": "atlas", "SLURM_JOB_ID": "17"}
-        assert found.user == getpass.getuser()
+        assert (found.user, found.uid) == (getpass.getuser(), os.getuid())
         ours = PsutilProcessTable().identify(os.getpid())
         assert ours is not None
         assert found.ancestors[0] == (os.getpid(), ours.create_time_ms)
@@ -115,6 +129,69 @@ def test_an_unreadable_environment_says_why(monkeypatch: pytest.MonkeyPatch) -> 
     assert found.environ is None
     assert found.reason is not None
     assert "CAP_SYS_PTRACE" in found.reason
+
+
+class Hang:
+    """Stands for the kernel: reading an environment blocks until it is let go."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.gate = threading.Event()
+        self.reads = 0
+        real = psutil.Process.environ
+
+        def environ(handle: psutil.Process) -> dict[str, str]:
+            self.reads += 1
+            assert self.gate.wait(PATIENT_SECONDS)
+            return real(handle)
+
+        monkeypatch.setattr(psutil.Process, "environ", environ)
+
+
+def test_a_process_that_hangs_in_the_kernel_holds_nobody_up(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its environment is absent with a reason, asked for once, and there when it answers."""
+    hang = Hang(monkeypatch)
+    table = PsutilProcessTable(environments=EnvironmentReader(deadline_seconds=0.01))
+    with running({"FLOPLEDGER_PROJECT": "atlas"}) as child:
+        for _ in range(20):
+            found = table.identify(child.pid)
+            assert found is not None
+            assert found.environ is None
+            assert found.reason is not None
+            assert found.reason.startswith("timed out")
+        assert hang.reads == 1
+        hang.gate.set()
+        until(
+            lambda: (found := table.identify(child.pid)) and found.environ and not found.reason,
+            "its environment",
+        )
+
+
+def test_many_hanging_processes_cost_a_few_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the ones beyond that no time at all."""
+    hang = Hang(monkeypatch)
+    reader = EnvironmentReader(deadline_seconds=0.01)
+    with ExitStack() as children:
+        pids = [children.enter_context(running()).pid for _ in range(LATE_READS_MAX + 2)]
+        answers = [reader.read(psutil.Process(pid)) for pid in pids]
+        assert {environ for environ, _reason in answers} == {None}
+        assert hang.reads == LATE_READS_MAX
+        hang.gate.set()
+        last = psutil.Process(pids[-1])
+        until(lambda: reader.read(last)[0] is not None, "a free thread")
+
+
+def test_an_environment_known_before_stays_while_its_process_hangs(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What was read still tells most."""
+    table = PsutilProcessTable(environments=EnvironmentReader(deadline_seconds=0.01))
+    before = table.identify(os.getpid())
+    hang = Hang(monkeypatch)
+    for _ in range(2 * QUESTIONS_PER_ENVIRONMENT):
+        assert table.identify(os.getpid()) is before
+    hang.gate.set()
 
 
 def test_two_tables_are_asked_in_order() -> None:

@@ -160,9 +160,21 @@ def test_only_own_processes_can_be_tagged() -> None:
 
     stranger = 2**31 - 7  # no user has it
     assert "somebody else" in (ask(3, stranger).error or "")
-    assert ask(1, stranger).registered_pid == 1
+    assert "somebody else" in (ask(1, stranger).error or "")
     assert ask(3, 0).registered_pid == 3
     assert "not visible" in (ask(99, 0).error or "")
+
+
+@pytest.mark.parametrize("uid", [0, 1001])
+def test_a_reused_pid_is_not_tagged_for_its_former_owner(uid: int) -> None:
+    """Between the connection and the look the client may be gone and its pid another user's."""
+    now = msgspec.structs.replace(process(1, user="bob"), uid=1002)
+    registry = TagRegistry(FakeProcessTable(now))
+    for request in (b'{"tags":{"project":"a"}}', b'{"tags":{"project":"a"},"pid":1}'):
+        assert "somebody else" in (answer(request, pid=1, uid=uid, registry=registry).error or "")
+    assert registry.entries() == ()
+    own = answer(b'{"tags":{"project":"a"}}', pid=1, uid=1002, registry=registry)
+    assert own.registered_pid == 1
 
 
 @given(st.one_of(st.binary(max_size=300), st.recursive(

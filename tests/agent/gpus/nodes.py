@@ -61,6 +61,7 @@ class Node:
     def warm(self) -> NodeSample:
         """The first tick at which every device answers with what it has."""
         self.source.sample()
+        self.tick()
         return self.tick()
 
     def until_sampled(self, count: int) -> NodeSample:

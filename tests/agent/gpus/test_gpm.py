@@ -15,9 +15,12 @@ from flopledger_agent.gpus.gpm import (
     Answers,
     GpmMeter,
     classify_scale,
+    contradicts,
     count_of,
     ratio_of,
 )
+from flopledger_agent.gpus.limits import limits_of
+from flopledger_core.accelerators import load_table
 from flopledger_core.units import INT64_MAX
 
 SECOND_NS = 1_000_000_000
@@ -64,7 +67,7 @@ def test_a_percentage_rounded_above_100_is_full() -> None:
 
 
 @given(
-    clock_khz=st.integers(min_value=100_000, max_value=3_000_000),
+    clock_khz=st.integers(min_value=250_000, max_value=3_000_000),
     error=st.fractions(min_value=Fraction(2, 5), max_value=Fraction(5, 2)),
     sm_count=st.integers(min_value=10, max_value=200),
     is_sum=st.booleans(),
@@ -101,12 +104,16 @@ def test_cycles_of_a_mean_counter_are_multiplied_by_the_sms() -> None:
         answers(0.0, 0.0), boot_ns=0, sm_clock_khz=1_000_000, since_delivered=False
     )
     assert first.absent["cycles"] == "scale_undetermined"
-    second = meter.interpret(
+    meter.interpret(
         answers(1e9, 4e8), boot_ns=SECOND_NS, sm_clock_khz=1_000_000, since_delivered=False
     )
+    assert meter.scale is None
+    third = meter.interpret(
+        answers(2e9, 4e8), boot_ns=2 * SECOND_NS, sm_clock_khz=1_000_000, since_delivered=False
+    )
     assert meter.scale == "mean"
-    assert second.cycles is not None
-    assert (second.cycles.elapsed, second.cycles.hmma) == (100 * 10**9, 40 * 10**9)
+    assert third.cycles is not None
+    assert (third.cycles.elapsed, third.cycles.hmma) == (200 * 10**9, 40 * 10**9)
 
 
 def test_without_the_sm_count_cycles_are_absent() -> None:
@@ -147,3 +154,91 @@ def test_nothing_usable_is_no_tier() -> None:
         nothing, boot_ns=0, sm_clock_khz=None, since_delivered=True
     )
     assert reading.tier is None
+
+
+H100 = load_table().by_key("H100 SXM")
+FULL = 1.98e9 * H100.sm_count  # cycles of every SM in a second at the highest clock
+LIMITS = limits_of(H100)
+
+
+def follow(meter: GpmMeter, *elapsed: float, start: int = 0) -> list[str]:
+    """Read the counter once a second at the highest clock; what kept cycles absent, each time."""
+    whys = []
+    for second, value in enumerate(elapsed, start=start):
+        reading = meter.interpret(
+            answers(value, value / 2),
+            boot_ns=second * SECOND_NS,
+            sm_clock_khz=1_980_000,
+            since_delivered=True,
+        )
+        whys.append(reading.absent.get("cycles", "counted"))
+    return whys
+
+
+def test_a_device_asleep_for_most_of_an_interval_does_not_teach_the_wrong_scale() -> None:
+    """A sum that stood still for 98.5 % of a second looks like a mean; two intervals must agree."""
+    meter = GpmMeter(H100.sm_count)  # even where no limit of the device is known
+    waking = 0.015 * FULL
+    assert follow(meter, 0, waking, waking + FULL) == ["scale_undetermined"] * 3
+    assert follow(meter, waking + 2 * FULL, start=3) == ["counted"]
+    assert meter.scale == "sum"
+
+
+def test_an_implied_clock_above_the_devices_own_is_no_scale() -> None:
+    """The sleeping sum implies 3.9 GHz for one SM: no interval of that kind teaches anything."""
+    meter = GpmMeter(H100.sm_count, limits=LIMITS)
+    follow(meter, *(0.015 * FULL * second for second in range(50)))
+    assert meter.scale is None
+
+
+def test_a_scale_learned_wrong_is_contradicted_and_learned_again() -> None:
+    """Idleness can deceive for long; the first busy second ends it."""
+    meter = GpmMeter(H100.sm_count, limits=LIMITS)
+    asleep = [0.008 * FULL * second for second in range(3)]
+    assert follow(meter, *asleep)[-1] == "counted"
+    assert meter.scale == "mean"
+    busy = [asleep[-1] + FULL * second for second in range(1, 5)]
+    assert follow(meter, *busy, start=3) == ["scale_contradicted"] * 2 + ["counted"] * 2
+    assert meter.scale == "sum"
+
+
+@given(
+    share=st.fractions(min_value=0, max_value=1),
+    span_ms=st.integers(min_value=10, max_value=10_000),
+    is_sum=st.booleans(),
+)
+def test_no_possible_rate_contradicts_a_true_scale(
+    share: Fraction, span_ms: int, is_sum: bool
+) -> None:
+    """Awake for any share of any interval, up to the highest clock, with a stale counter."""
+    sms = H100.sm_count
+    fastest = 1_980_000_000 * (sms if is_sum else 1)
+    assert not contradicts(
+        "sum" if is_sum else "mean",
+        cycles=int(fastest * share * (span_ms + 100) / 1000),
+        interval_ns=span_ms * 1_000_000,
+        sm_count=sms,
+        mean_clock_khz_max=LIMITS.mean_clock_khz,
+    )
+
+
+def test_a_counter_beyond_anything_its_age_allows_is_out_of_range() -> None:
+    """And it does not unsettle the scale."""
+    meter = GpmMeter(H100.sm_count, scale="sum", limits=LIMITS)
+    assert follow(meter, 0, 2.0**62, 2 * FULL) == ["counted", "out_of_range", "counted"]
+
+
+def test_a_counter_without_a_sane_value_says_so() -> None:
+    """It is not the driver's age that is at fault."""
+    assert follow(GpmMeter(132, scale="sum"), math.nan, 2.0**70) == ["not_a_number", "out_of_range"]
+
+
+def test_counting_begins_with_means_for_the_interval_that_ends() -> None:
+    """The consumer has nothing to count from: ratios end one interval, cycles begin the next."""
+    meter = GpmMeter(sm_count=132, scale="sum")
+    reading = meter.interpret(
+        answers(1e9, 4e8), boot_ns=0, sm_clock_khz=None, since_delivered=True, hand_over=True
+    )
+    assert (reading.tier, reading.absent) == ("gpm_util", {})
+    assert reading.utilization is not None
+    assert reading.cycles is not None

@@ -6,6 +6,7 @@ from fractions import Fraction
 
 import pytest
 
+from flopledger_agent.gpus.nvml import Nvml
 from flopledger_core.records import Cycles
 from tests.agent.gpus.nodes import PHASE, node, scenario
 
@@ -29,9 +30,9 @@ def test_cycles_and_energy_equal_the_truth(scale: str) -> None:
 def test_the_first_sample_has_cycles_already() -> None:
     """A device is held back until the scale is certain, so that dark time can be bridged."""
     with node() as it:
-        first = it.source.sample()
-        assert first.samples == ()
-        assert [failure.reason for failure in first.failures] == ["warming_up"]
+        for first in (it.source.sample(), it.tick()):
+            assert first.samples == ()
+            assert [failure.reason for failure in first.failures] == ["warming_up"]
         assert it.tick().samples[0].tier == "gpm_cycles"
 
 
@@ -163,3 +164,53 @@ def test_a_scale_that_stays_unclear_holds_nothing_back_for_long() -> None:
         assert sample.tier == "gpm_util"
         assert sample.utilization is not None
         assert sample.absent["cycles"] == "scale_undetermined"
+
+
+def test_a_scale_found_late_switches_up_without_a_hole() -> None:
+    """The tick that ends the percentages tells its own interval and begins the counting."""
+    asleep = PHASE.replace("1000.0", "5.5").replace("1755", "0")
+    with node(scenario(phase=asleep + PHASE)) as it:
+        samples = [sample for _ in range(12) for sample in it.tick().samples]
+        tiers = [sample.tier for sample in samples]
+        turn = tiers.index("gpm_cycles")
+        assert turn >= 2
+        assert set(tiers[:turn]) == {"gpm_util"}
+        assert set(tiers[turn:]) == {"gpm_cycles"}
+        assert [sample.cycles is not None for sample in samples[: turn + 1]] == (
+            [False] * (turn - 1) + [True, True]
+        )
+        before, after = samples[turn - 1], samples[turn]
+        assert before.utilization is not None
+        truth = it.driver.truth_between(before.boot_ns, after.boot_ns).gpus[0].whole
+        assert before.cycles is not None
+        assert after.cycles is not None
+        assert (after.cycles.hmma or 0) - (before.cycles.hmma or 0) == truth.active_cycles["hmma"]
+
+
+def test_numbers_no_device_can_have_are_absent() -> None:
+    """A clock of 9 GHz and 50 kW on one board: absent with a reason, and so is their energy."""
+    absurd = PHASE.replace("1755", "9000").replace("612.5", "9000000000.0")
+    with node(scenario(phase=absurd)) as it:
+        it.warm()
+        sample = it.tick(100).samples[0]
+        for field in ("sm_clock_khz", "power_mw", "energy_mj"):
+            assert getattr(sample, field) is None, field
+            assert sample.absent[field] == "out_of_range", field
+
+
+@pytest.mark.parametrize("value", [2**32 - 2, 20_000])
+def test_the_marks_of_absent_numbers_and_their_neighbours_are_no_clock(
+    value: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also on a device nobody knows."""
+    monkeypatch.setattr(Nvml, "sm_clock_khz", lambda _self, _handle: value * 1000)
+    unknown = (
+        "compute_capability = '9.0'\nsm_count = 78\nmax_sm_clock_mhz = 1980\n"
+        "power_limit_watts = 500\nmemory_mib = 98304\npci_device_id = '2329'"
+    )
+    for text in (scenario(), scenario(unknown, model="NVIDIA H20")):
+        with node(text) as it:
+            for _ in range(5):
+                tick = it.tick()
+            assert tick.samples[0].sm_clock_khz is None
+            assert tick.samples[0].absent["sm_clock_khz"] == "out_of_range"

@@ -10,6 +10,7 @@ import pytest
 from flopledger_agent.gpus.nvml import BACKOFF_TICKS_MAX
 from flopledger_agent.gpus.simulated.faults import Fault
 from flopledger_core.records import Device
+from tests.agent.attribution.people import until
 from tests.agent.gpus.nodes import PHASE, node, scenario
 from tests.agent.sampling import SECOND_NS
 
@@ -67,7 +68,7 @@ def test_an_unsupported_field_is_asked_again_after_a_new_init() -> None:
         assert it.tick().samples[0].power_mw is None
         it.driver.inject_system(error(1, "nvmlDeviceGetCount_v2", seconds=0.5))
         assert it.tick(0.25).failure == "driver_uninitialized"
-        it.tick()
+        it.warm()
         assert it.tick().samples[0].power_mw == 612_500
 
 
@@ -258,3 +259,108 @@ def test_a_refused_gpm_call_falls_to_percentages_alone() -> None:
         assert sample.tier == "gpu_util"
         assert sample.absent["cycles"] == "invalid_argument"
         assert it.tick().samples[0].tier in {"gpm_util", "gpm_cycles"}
+
+
+def opening(function: str, code: int = 999, at: float = 0.0) -> str:
+    """A scenario in which one call fails for the first half second."""
+    return scenario(
+        f'[[gpus.faults]]\nkind = "error"\nat_seconds = {at}\nfor_seconds = 0.5\n'
+        f'functions = ["{function}"]\ncode = {code}'
+    )
+
+
+@pytest.mark.parametrize("function", ["nvmlGpmQueryDeviceSupport", "nvmlGpmSampleGet"])
+@pytest.mark.parametrize("code", [4, 10, 999])
+def test_a_passing_error_at_the_opening_pins_nothing(function: str, code: int) -> None:
+    """What is asked once is asked again until it is answered."""
+    with node(opening(function, code)) as it:
+        first = it.source.sample().samples[0]
+        assert first.tier == "gpu_util"
+        ticks = [it.tick() for _ in range(6)]
+        assert not any(tick.failures for tick in ticks)
+        last = ticks[-1].samples[0]
+        assert (last.tier, last.absent) == ("gpm_cycles", {})
+
+
+def test_every_interval_of_a_late_start_has_a_reading() -> None:
+    """Coarse, then percentages, then cycles: each interval is told once."""
+    with node(opening("nvmlGpmQueryDeviceSupport")) as it:
+        samples = [it.source.sample().samples[0]] + [it.tick().samples[0] for _ in range(7)]
+        assert [sample.tier for sample in samples] == (
+            ["gpu_util"] * 2 + ["gpm_util"] * 2 + ["gpm_cycles"] * 4
+        )
+        for before, after in zip(samples, samples[1:], strict=False):
+            counted = before.cycles is not None and after.cycles is not None
+            assert after.utilization is not None or counted
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        "nvmlDeviceGetName",
+        "nvmlDeviceGetPciInfo_v3",
+        "nvmlDeviceGetNumGpuCores",
+        "nvmlDeviceGetMaxClockInfo",
+    ],
+)
+def test_who_a_device_is_is_found_out_after_a_passing_error(function: str) -> None:
+    """Its name, its PCI id and its SMs come with the next reading; counting is not disturbed."""
+    with node(opening(function)) as it:
+        it.warm()
+        sample = it.tick().samples[0]
+        expected = ("NVIDIA H100 80GB HBM3", "2330", 132)
+        device = sample.device
+        assert (device.name, device.pci_device_id, device.sm_count) == expected
+        assert (sample.tier, sample.absent) == ("gpm_cycles", {})
+
+
+def test_a_device_that_fails_before_its_first_sample_gets_its_name() -> None:
+    """Its gaps are told under its name once the driver says it."""
+    with node(opening("nvmlDeviceGetName")) as it:
+        assert it.source.sample().failures[0].device.name == "unknown"
+        it.driver.inject(error(15, "nvmlDeviceGetPowerUsage"))
+        assert it.tick().failures[0].device.name == "NVIDIA H100 80GB HBM3"
+
+
+@pytest.mark.parametrize("code", [3, 15, 999])
+@pytest.mark.parametrize(
+    "function", ["nvmlGpmSampleGet", "nvmlGpmMetricsGet", "nvmlGpmQueryDeviceSupport"]
+)
+def test_no_sample_buffer_is_lost_while_the_driver_fails(function: str, code: int) -> None:
+    """However long it lasts there are two for each device, and none after the end."""
+    with node(TWO) as it:
+        it.warm()
+        it.driver.inject(error(code, function))
+        for _ in range(20):
+            it.tick()
+            assert len(it.driver.gpm_samples) <= 4
+        it.driver.inject_system(error(1, "nvmlDeviceGetCount_v2", seconds=3))
+        for _ in range(20):
+            it.tick()
+            assert len(it.driver.gpm_samples) <= 4
+        it.source.close()
+        assert it.driver.gpm_samples == {}
+
+
+def test_a_device_that_vanishes_and_returns_loses_no_sample_buffer() -> None:
+    """The room of the void handle is given back."""
+    with node(TWO) as it:
+        it.warm()
+        for _ in range(5):
+            it.driver.inject(Fault(kind="vanish", for_ns=2 * SECOND_NS), gpu=0)
+            for _ in range(4):
+                it.tick()
+        assert len(it.driver.gpm_samples) == 4
+
+
+def test_a_stuck_device_gives_its_sample_buffers_back_when_it_answers() -> None:
+    """Closing does not wait for it, and loses nothing all the same."""
+    with node() as it:
+        it.warm()
+        it.hurry()
+        it.driver.inject(Fault(kind="hang", functions=frozenset({"nvmlDeviceGetPowerUsage"})))
+        assert reasons(it.tick()) == ["timeout"]
+        it.source.close()
+        assert len(it.driver.gpm_samples) == 2
+        it.driver.release_hangs()
+        until(lambda: not it.driver.gpm_samples, "the buffers")
