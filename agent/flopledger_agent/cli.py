@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
+import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -16,11 +18,14 @@ import click
 import msgspec
 
 from flopledger_agent.config import AgentConfig, load_config, parse_config
+from flopledger_agent.errors import ConfigError
 from flopledger_core import __version__
-from flopledger_core.errors import FlopLedgerError
+from flopledger_core.errors import FlopLedgerError, InvalidInput
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from flopledger_agent.attribution.tag_values import Tags
 
 CONFIG_VARIABLE: Final = "FLOPLEDGER_AGENT_CONFIG"
 FORMATS: Final = click.Choice(["table", "json"])
@@ -41,7 +46,7 @@ class _Program(click.Group):
 def _config_option(function: Callable[..., Any]) -> Callable[..., Any]:
     return click.option(
         "--config",
-        type=click.Path(dir_okay=False, path_type=Path),
+        type=click.Path(path_type=Path),  # whether it can be read is ours to say: `tag` goes on
         envvar=CONFIG_VARIABLE,
         show_envvar=True,
         help="The agent's TOML file. Without it every default applies.",
@@ -67,11 +72,13 @@ def main() -> None:
 def run(config: Path | None, *, check_config: bool) -> None:
     r"""Run the daemon until SIGTERM or Ctrl-C.
 
-    Every open measurement window is sealed before it ends. Example:
+    Every open measurement window is sealed before it ends; exits 1 when that was not possible and
+    they wait for the next start. Example:
 
     \b
       flopledger-agent run --config /etc/flopledger/agent.toml
     """
+    stop = _stop_on_signals()  # first: a signal while the driver loads is a clean end, too
     settings = _settings(config)
     if check_config:
         click.echo("the configuration is good")
@@ -81,7 +88,7 @@ def run(config: Path | None, *, check_config: bool) -> None:
     )
     from flopledger_agent import daemon  # noqa: PLC0415 (the driver is needed only here)
 
-    sys.exit(daemon.run(settings, lambda text: click.echo(text, err=True)))
+    sys.exit(daemon.run(settings, lambda text: click.echo(text, err=True), stop))
 
 
 @main.command()
@@ -127,8 +134,9 @@ def tag(
     r"""Run COMMAND as work of a project; its exit status is COMMAND's.
 
     Needs no privilege: the command registers itself with the agent on this node through a local
-    socket, and carries the same tags in its environment. If no agent answers, COMMAND runs all
-    the same. Example:
+    socket, and carries the same tags in its environment. Tags that are in the environment already
+    stay unless an option says otherwise. If no agent answers, or the configuration cannot be read,
+    COMMAND runs all the same. Example:
 
     \b
       flopledger-agent tag --project atlas --activity pretrain --precision bf16 -- python train.py
@@ -137,16 +145,24 @@ def tag(
         CommandNotStarted,
         run_tagged,
     )
-    from flopledger_agent.attribution.tag_values import Tags  # noqa: PLC0415
+    from flopledger_agent.attribution.tag_values import VARIABLES  # noqa: PLC0415
 
-    tags = Tags(project=project, model=model, run=run_id, activity=activity, precision=precision)
+    given = {
+        "project": project,
+        "model": model,
+        "run": run_id,
+        "activity": activity,
+        "precision": precision,
+    }
+    tags = _merged_tags({field: value for field, value in given.items() if value is not None})
+    ours = frozenset(VARIABLES.values())
     try:
         run_tagged(
-            socket or Path(_settings(config).tags.socket),
+            socket or _tag_socket(config),
             tags,
             command,
-            environ=os.environ,
-            warn=lambda text: click.echo(f"flopledger-agent: {text}", err=True),
+            environ={name: value for name, value in os.environ.items() if name not in ours},
+            warn=_warn,
         )
     except CommandNotStarted as error:
         click.echo(f"flopledger-agent: {error}", err=True)
@@ -157,7 +173,7 @@ def tag(
 @_config_option
 @click.option("--format", "form", type=FORMATS, default="table", show_default=True)
 def spool(config: Path | None, form: str) -> None:
-    """Show what waits for the collector: batches, bytes, age, quarantined files.
+    """Show what waits for the collector: batches by stream, bytes, age, quarantined files.
 
     Exits 1 when files were quarantined. Works beside a running agent.
     """
@@ -170,6 +186,52 @@ def spool(config: Path | None, form: str) -> None:
         for line in inspection.spool_lines(report):
             click.echo(line)
     sys.exit(1 if report.quarantined else 0)
+
+
+def _merged_tags(given: dict[str, str]) -> Tags:
+    """The tags of the options and, where an option is absent, of the environment.
+
+    What is wrong in an option is the caller's mistake; what is wrong in an inherited variable is
+    not, so it is left out with a warning. The same tags go to the agent and to the environment.
+    """
+    from flopledger_agent.attribution.tag_values import (  # noqa: PLC0415
+        VARIABLES,
+        Tags,
+        require_tags,
+    )
+
+    tags = require_tags(Tags(**given))
+    for field, variable in VARIABLES.items():
+        value = os.environ.get(variable)
+        if field in given or not value:
+            continue
+        merged = msgspec.structs.replace(tags, **{field: value})
+        try:
+            tags = require_tags(merged)
+        except InvalidInput as error:
+            _warn(f"{variable} of the environment is left out: {error}")
+    return tags
+
+
+def _tag_socket(config: Path | None) -> Path:
+    """Where the agent listens; a job does not fail because of the agent's configuration."""
+    try:
+        return Path(_settings(config).tags.socket)
+    except ConfigError as error:
+        _warn(f"{error}; using the default socket")
+        return Path(AgentConfig().tags.socket)
+
+
+def _stop_on_signals() -> threading.Event:
+    """An event that SIGTERM and SIGINT set, from now on."""
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+    return stop
+
+
+def _warn(text: str) -> None:
+    click.echo(f"flopledger-agent: {text}", err=True)
 
 
 def _settings(config: Path | None) -> AgentConfig:

@@ -307,5 +307,5 @@ def _guarded(what: str) -> Iterator[None]:
     """Log an error of one step of stopping, so that the next step still happens."""
     try:
         yield
-    except Exception as error:  # whatever it is
-        log.exception("could not %s: %s", what, error, extra={"action": "unexpected_error"})
+    except Exception:  # whatever it is
+        log.exception("could not %s", what, extra={"action": "unexpected_error"})

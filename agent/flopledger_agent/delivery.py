@@ -77,9 +77,11 @@ class HttpCollector:
             except (OSError, ValueError, http.client.HTTPException) as error:
                 if deadline.passed:
                     raise _late(place, limit) from error
-                reason = getattr(error, "reason", error)
+                if isinstance(error, OSError):
+                    reason = getattr(error, "reason", error)
+                    raise CollectorUnreachable("unreachable", f"{place}: {reason}") from error
                 raise CollectorUnreachable(
-                    "unreachable", f"{place}: {reason or type(error).__name__}"
+                    "not_a_collector", f"{place} does not speak HTTP: {error!r}"
                 ) from error
             if deadline.passed:  # what was read until then is not the whole answer
                 raise _late(place, limit)

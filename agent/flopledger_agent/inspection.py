@@ -6,7 +6,9 @@ running agent is only read.
 
 from __future__ import annotations
 
+import contextlib
 import os
+import socket
 import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -17,13 +19,17 @@ from flopledger_agent import daemon
 from flopledger_agent.attribution.owners import EnvironmentAttributor, describe_claims
 from flopledger_agent.attribution.tags import TagRegistry
 from flopledger_agent.delivery import HttpCollector
-from flopledger_agent.errors import CollectorUnreachable
+from flopledger_agent.disk import unusable
+from flopledger_agent.errors import CollectorUnreachable, StateError
 from flopledger_agent.gpus import report as gpu_report
 from flopledger_agent.gpus.nvml import NvmlSource
 from flopledger_agent.host.node import clock_is_synchronised
 from flopledger_agent.keys import KEY_FILE
+from flopledger_agent.spool import DIRECTORY, QUARANTINE, sealed_unix_ms
 from flopledger_core.accelerators import load_table
+from flopledger_core.errors import InvalidInput
 from flopledger_core.signing import SigningKey
+from flopledger_core.units import MS_PER_SECOND, NS_PER_MS
 
 if TYPE_CHECKING:
     from flopledger_agent.config import AgentConfig
@@ -31,6 +37,8 @@ if TYPE_CHECKING:
 
 SAMPLES_MIN: Final = 2  # the first begins the means
 SAMPLES_MAX: Final = 6  # a device may need some to tell the scale of its counters
+SOCKET_TIMEOUT_SECONDS: Final = 2.0  # a local agent answers at once or not at all
+HEADER_BYTES_MAX: Final = 2 * 1024 * 1024  # the longest first line of a batch
 BETWEEN_SAMPLES_SECONDS: Final = 0.3  # GPM refreshes every 100 ms
 
 
@@ -49,9 +57,20 @@ class Inspection(msgspec.Struct, frozen=True, kw_only=True):
     owners: tuple[DeviceOwners, ...]
     clock_synchronised: bool | None
     collector: str
+    tag_socket: str
+    state_directory: str
     public_key: str | None  # None: no key yet, it is made at the first start
     permissions: tuple[str, ...]
     can_meter: bool
+
+
+class WaitingStream(msgspec.Struct, frozen=True, kw_only=True):
+    """The batches of one stream that wait."""
+
+    stream_id: str
+    batches: int
+    first_sequence: int
+    last_sequence: int
 
 
 class SpoolReport(msgspec.Struct, frozen=True, kw_only=True):
@@ -61,7 +80,8 @@ class SpoolReport(msgspec.Struct, frozen=True, kw_only=True):
     batches: int
     size_bytes: int
     max_bytes: int
-    streams: tuple[str, ...]
+    oldest_age_seconds: int | None  # None: nothing waits, or its header cannot be read
+    streams: tuple[WaitingStream, ...]
     quarantined: tuple[str, ...]
 
 
@@ -96,6 +116,8 @@ def inspect(config: AgentConfig) -> Inspection:
         owners=owners,
         clock_synchronised=clock_is_synchronised(),
         collector=_collector(config),
+        tag_socket=_tag_socket(Path(config.tags.socket)),
+        state_directory=config.state.directory,
         public_key=_public_key(config),
         permissions=_permissions(config, sample),
         can_meter=bool(sample.samples),
@@ -115,6 +137,8 @@ def as_lines(report: Inspection) -> list[str]:
     }[report.clock_synchronised]
     told.append(f"node clock: {synchronised}")
     told.append(f"collector: {report.collector}")
+    told.append(f"tag socket: {report.tag_socket}")
+    told.append(f"state directory: {report.state_directory}")
     told.append(f"public key: {report.public_key or 'none yet, it is made at the first start'}")
     told += [f"permission: {line}" for line in report.permissions]
     told.append("this node can be metered" if report.can_meter else "nothing can be metered here")
@@ -122,17 +146,33 @@ def as_lines(report: Inspection) -> list[str]:
 
 
 def inspect_spool(config: AgentConfig) -> SpoolReport:
-    """Count what waits, beside a running agent: directory listings only."""
+    """Count what waits, beside a running agent: listings, sizes and one header a stream.
+
+    Raises StateError when the state directory is absent or cannot be read.
+    """
     root = Path(config.state.directory)
-    files = sorted(root.glob("spool/*.batch"))
-    sizes = [path.stat().st_size for path in files if path.exists()]
+    try:
+        list(root.iterdir())  # absent and unreadable are no empty spools
+        files = [path for path in _files(root / DIRECTORY) if path.suffix == ".batch"]
+        quarantined = _files(root / QUARANTINE)
+    except OSError as error:
+        raise unusable(root, error) from error
+    size_bytes = 0
+    found: dict[str, list[Path]] = {}
+    for path in files:
+        with contextlib.suppress(FileNotFoundError):  # delivered meanwhile
+            size_bytes += path.stat().st_size
+            found.setdefault(path.name.partition("-")[0], []).append(path)
+    now_unix_ms = daemon.make_clock(config).wall_unix_ns() // NS_PER_MS
+    sealed = [ms for paths in found.values() if (ms := _sealed_unix_ms(paths[0]))]
     return SpoolReport(
         directory=str(root),
-        batches=len(files),
-        size_bytes=sum(sizes),
+        batches=sum(map(len, found.values())),
+        size_bytes=size_bytes,
         max_bytes=config.spool.max_bytes,
-        streams=tuple(sorted({path.name.partition("-")[0] for path in files})),
-        quarantined=tuple(path.name for path in sorted(root.glob("quarantine/*"))),
+        oldest_age_seconds=max(0, now_unix_ms - min(sealed)) // MS_PER_SECOND if sealed else None,
+        streams=tuple(_waiting(stream_id, paths) for stream_id, paths in found.items()),
+        quarantined=tuple(path.name for path in quarantined),
     )
 
 
@@ -141,12 +181,61 @@ def spool_lines(report: SpoolReport) -> list[str]:
     told = [
         f"state directory {report.directory}",
         f"{report.batches} batches wait, {report.size_bytes} of {report.max_bytes} bytes",
-        *(f"stream {stream}" for stream in report.streams),
+    ]
+    if report.oldest_age_seconds is not None:
+        told.append(f"the oldest was sealed {report.oldest_age_seconds} seconds ago")
+    told += [
+        f"stream {stream.stream_id}: {stream.batches} batches, sequence {stream.first_sequence} "
+        f"to {stream.last_sequence}"
+        for stream in report.streams
     ]
     if report.quarantined:
-        told.append("quarantined files, which are no batches; look at them, then remove them:")
+        told.append("quarantined files, which are not what was sealed; look at them, then remove:")
         told += [f"  {name}" for name in report.quarantined]
     return told
+
+
+def _files(folder: Path) -> list[Path]:
+    try:
+        return sorted(path for path in folder.iterdir() if path.suffix != ".tmp")
+    except FileNotFoundError:
+        return []  # the agent makes it at its first start
+
+
+def _waiting(stream_id: str, paths: list[Path]) -> WaitingStream:
+    sequences = [
+        int(text) for path in paths if (text := path.stem.partition("-")[2]).isdecimal()
+    ] or [0]
+    return WaitingStream(
+        stream_id=stream_id,
+        batches=len(paths),
+        first_sequence=min(sequences),
+        last_sequence=max(sequences),
+    )
+
+
+def _sealed_unix_ms(path: Path) -> int:
+    try:
+        with path.open("rb") as file:
+            return sealed_unix_ms(file.readline(HEADER_BYTES_MAX))
+    except FileNotFoundError:
+        return 0
+    except OSError as error:
+        raise StateError(f"{path}: {error.strerror}; make it readable") from error
+
+
+def _tag_socket(path: Path) -> str:
+    """Whether somebody listens where jobs register; nothing is registered by asking."""
+    try:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+            probe.settimeout(SOCKET_TIMEOUT_SECONDS)
+            probe.connect(str(path))
+    except OSError as error:
+        return (
+            f"nobody answers at {path} ({error.strerror or error}); jobs tag by their environment "
+            "until the agent runs"
+        )
+    return f"an agent answers at {path}; what is registered there is known to that agent alone"
 
 
 def _collector(config: AgentConfig) -> str:
@@ -165,15 +254,16 @@ def _public_key(config: AgentConfig) -> str | None:
         return SigningKey.from_pem(path.read_bytes()).public_key
     except FileNotFoundError:
         return None
-    except PermissionError:
-        return f"not readable for this user: run as the owner of {path}"
+    except (OSError, InvalidInput) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        return f"not readable ({reason}): run as the owner of {path}"
 
 
 def _permissions(config: AgentConfig, sample: NodeSample) -> tuple[str, ...]:
     told: list[str] = []
     root = Path(config.state.directory)
-    existing = next((path for path in (root, *root.parents) if path.exists()), Path("/"))
-    if not os.access(existing, os.W_OK):
+    existing = next((path for path in (root, *root.parents) if os.path.lexists(path)), Path("/"))
+    if not os.access(existing, os.R_OK | os.W_OK | os.X_OK):
         told.append(f"state.directory {root} cannot be written; give it to the agent's user")
     if any(item.processes is None for item in sample.samples):
         told.append("processes on a device cannot be listed; their work would be unattributed")

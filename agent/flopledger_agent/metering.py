@@ -1,11 +1,9 @@
 """Metering: two samples and the owners between them become usage records. Pure.
 
-Each tick turns the time since a device's previous sample into one slice; slices of one shape
-(owners, tier, what could be read) add up in an open window; windows close at UTC minutes and
-whenever the shape changes, so that no record mixes what was read with what was not. Time is
-conserved: a device's windows follow each other without a hole from its first sample to its last,
-and over its owners `gpu_time_ms` sums exactly to the window. A counter that restarted, or time too
-long to bridge, becomes an absent quantity or a gap with its reason, never a zero.
+Each tick turns the time since a device's previous sample into one slice; slices add up in windows
+(`windows.py`), which close at UTC minutes and whenever owners, tier or readability change. A
+device's windows follow each other without a hole from its first sample to its last. A counter that
+restarted, or time too long to bridge, becomes an absent quantity or a gap, never a zero.
 """
 
 from __future__ import annotations
@@ -14,104 +12,34 @@ from typing import TYPE_CHECKING, Final
 
 import msgspec
 
-from flopledger_agent.attribution.interface import Claim, same_owners
-from flopledger_core.energy import counter_delta
-from flopledger_core.identity import UNATTRIBUTED_OWNER
-from flopledger_core.records import (
-    CYCLE_FIELDS,
-    NO_CYCLES,
-    AgentRecord,
-    Attribution,
-    Cycles,
-    CyclesOrigin,
-    Device,
-    GapRecord,
-    Tier,
-    UsageRecord,
+from flopledger_agent.windows import (
+    MICRO,
+    UNKNOWN_CLAIM,
+    Anchor,
+    Closed,
+    Slice,
+    Window,
+    boot_gap,
+    extended,
+    fits,
+    wall_gap,
+    window_records,
 )
+from flopledger_core.energy import counter_delta
+from flopledger_core.records import CYCLE_FIELDS, AgentRecord, Cycles, Tier
 from flopledger_core.units import MS_PER_MINUTE, NS_PER_MS
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Iterable, Mapping
 
+    from flopledger_agent.attribution.interface import Claim
     from flopledger_agent.gpus.interface import GpuSample, NodeSample
 
-MICRO: Final = 1_000_000  # window sums are kept in millionths of an SM-cycle, so slices add exactly
 CLOCK_STEP_MS: Final = 500  # wall time that moved this far against boot time has stepped
 DARK_TICKS: Final = 5  # a device unseen for longer than this many ticks was dark, not late
 GAP_AFTER_NS: Final = 3_600_000_000_000  # after an hour dark time is stated, not waited for
 UNKNOWN_BOOT: Final = "unknown"  # what the node says where the kernel has no boot id
 WINDOW_MINUTES: Final = (1, 10, 60)  # how wide windows get as the spool fills
-
-UNKNOWN_CLAIM: Final = Claim(
-    owner=UNATTRIBUTED_OWNER,
-    weight=1,
-    source="none",
-    evidence="nobody watched the device",
-    precision=None,
-    precision_origin="unknown",
-    user=None,
-    flags=(),
-)
-
-
-class Anchor(msgspec.Struct, frozen=True, kw_only=True):
-    """The last reading of a device: where its next slice begins."""
-
-    device: Device
-    boot_ns: int
-    unix_ns: int
-    cycles: Cycles | None
-    energy_mj: int | None
-    watched: bool = True  # False: nobody watched the device from here to its next sample
-
-
-class Slice(msgspec.Struct, frozen=True, kw_only=True):
-    """What one device did between two readings."""
-
-    device: Device
-    start_boot_ns: int
-    start_unix_ns: int
-    end_boot_ns: int
-    end_unix_ns: int
-    claims: tuple[Claim, ...]
-    tier: Tier
-    micro_cycles: dict[str, int]  # by `Cycles` field, only what could be read
-    derived: bool
-    energy_mj: int | None
-    energy_counter_mj: int | None
-    sm_clock_khz: int | None
-    absent: dict[str, str]
-    flags: tuple[str, ...]
-
-    @property
-    def shape(self) -> tuple[object, ...]:
-        """Slices with one shape may share a window."""
-        return (
-            self.device,
-            self.tier,
-            self.derived,
-            tuple(sorted(self.micro_cycles)),
-            self.energy_mj is None,
-            self.sm_clock_khz is None,
-            tuple(sorted(self.absent.items())),
-            self.flags,
-        )
-
-
-class Window(msgspec.Struct, frozen=True, kw_only=True):
-    """An open measurement window: the sum of slices of one shape."""
-
-    first: Slice
-    last: Slice
-    micro_cycles: dict[str, int]
-    energy_mj: int | None
-    clock_khz_ns: int
-
-    @property
-    def minute(self) -> int:
-        """The UTC minute in which the window began."""
-        return self.first.start_unix_ns // NS_PER_MS // MS_PER_MINUTE
 
 
 class DeviceState(msgspec.Struct, frozen=True, kw_only=True):
@@ -127,13 +55,6 @@ class MeterState(msgspec.Struct, frozen=True, kw_only=True):
     boot_id: str
     devices: dict[str, DeviceState]
     closed: tuple[Closed, ...]  # records of windows that closed and are not sealed yet
-
-
-class Closed(msgspec.Struct, frozen=True, kw_only=True):
-    """A finished record and the user's name that will be sealed beside it."""
-
-    record: UsageRecord | GapRecord
-    user: str | None
 
 
 def empty_state(boot_id: str) -> MeterState:
@@ -159,7 +80,7 @@ def resume(state: MeterState, boot_id: str, now_boot_ns: int, now_unix_ns: int) 
         }
         return msgspec.structs.replace(state, devices=devices)
     gaps = tuple(
-        _wall_gap(device.anchor, now_unix_ns, "node_restarted") for device in state.devices.values()
+        wall_gap(device.anchor, now_unix_ns, "node_restarted") for device in state.devices.values()
     )
     return MeterState(boot_id=boot_id, devices={}, closed=(*state.closed, *gaps))
 
@@ -193,8 +114,8 @@ def observe(
         known = devices.get(key)
         if known is None or sample.boot_ns < known.anchor.boot_ns:
             if known is not None:
-                closed.extend([] if known.window is None else _records(known.window))
-                closed.append(_wall_gap(known.anchor, unix_ns, "boot_time_went_back"))
+                closed.extend([] if known.window is None else window_records(known.window))
+                closed.append(wall_gap(known.anchor, unix_ns, "boot_time_went_back"))
             devices[key] = DeviceState(anchor=anchor, window=None)
             continue
         if sample.boot_ns == known.anchor.boot_ns:
@@ -205,10 +126,10 @@ def observe(
         piece = _slice(known.anchor, sample, owners, unix_ns, dark=dark)
         slices.append(piece)
         window = known.window
-        if window is not None and not _fits(window, piece):
-            closed.extend(_records(window))
+        if window is not None and not fits(window, piece):
+            closed.extend(window_records(window))
             window = None
-        devices[key] = DeviceState(anchor=anchor, window=_extended(window, piece))
+        devices[key] = DeviceState(anchor=anchor, window=extended(window, piece))
     sampled = {sample.device.key for sample in node.samples}
     for key, device in state.devices.items():
         if key not in sampled and node.boot_ns - device.anchor.boot_ns > GAP_AFTER_NS:
@@ -222,7 +143,7 @@ def close_windows(state: MeterState) -> MeterState:
     devices: dict[str, DeviceState] = {}
     for key, device in state.devices.items():
         if device.window is not None:
-            closed.extend(_records(device.window))
+            closed.extend(window_records(device.window))
         devices[key] = DeviceState(anchor=device.anchor, window=None)
     return MeterState(boot_id=state.boot_id, devices=devices, closed=tuple(closed))
 
@@ -234,25 +155,6 @@ def is_due(state: MeterState, now_unix_ns: int, window_minutes: int) -> bool:
         device.window is not None and device.window.minute // window_minutes != now
         for device in state.devices.values()
     ) or (bool(state.closed) and not any(device.window for device in state.devices.values()))
-
-
-def shares(total: int, weights: Sequence[int]) -> list[int]:
-    """`total` cut in proportion to `weights`, exactly: the parts sum to it.
-
-    The fixed rule for remainders: part i ends where the rounded-down share of all parts up to i
-    ends, so no part is off by more than one unit.
-    """
-    if len(weights) == 1:
-        return [total]
-    whole = sum(weights)
-    parts: list[int] = []
-    reached, before = 0, 0
-    for weight in weights:
-        reached += weight
-        edge = total * reached // whole
-        parts.append(edge - before)
-        before = edge
-    return parts
 
 
 # --- slices ----------------------------------------------------------------------------------
@@ -347,168 +249,16 @@ def _energy_between(
     return delta.amount
 
 
-# --- windows ---------------------------------------------------------------------------------
-
-
-def _fits(window: Window, piece: Slice) -> bool:
-    return (
-        window.first.shape == piece.shape
-        and same_owners(window.first.claims, piece.claims)
-        and "recovered" not in piece.flags
-        and "clock_stepped" not in piece.flags
-    )
-
-
-def _extended(window: Window | None, piece: Slice) -> Window:
-    span_ns = piece.end_boot_ns - piece.start_boot_ns
-    clock = (piece.sm_clock_khz or 0) * span_ns
-    if window is None:
-        return Window(
-            first=piece,
-            last=piece,
-            micro_cycles=dict(piece.micro_cycles),
-            energy_mj=piece.energy_mj,
-            clock_khz_ns=clock,
-        )
-    return Window(
-        first=window.first,
-        last=piece,
-        micro_cycles={
-            name: window.micro_cycles[name] + amount for name, amount in piece.micro_cycles.items()
-        },
-        energy_mj=None if piece.energy_mj is None else (window.energy_mj or 0) + piece.energy_mj,
-        clock_khz_ns=window.clock_khz_ns + clock,
-    )
-
-
-def _records(window: Window) -> list[Closed]:
-    """The window's records, one per owner, every quantity split by the same weights."""
-    first, last = window.first, window.last
-    start_ms = first.start_boot_ns // NS_PER_MS
-    end_ms = last.end_boot_ns // NS_PER_MS
-    if end_ms == start_ms:
-        return []  # shorter than a millisecond: its counts stay below what a record can place
-    claims = sorted(first.claims, key=_claim_order)
-    if not window.micro_cycles and window.energy_mj is None:
-        return [_gap(window, claims, start_ms, end_ms)]
-    weights = [claim.weight for claim in claims]
-    times = shares(end_ms - start_ms, weights)
-    cycles = {
-        name: shares(amount // MICRO, weights) for name, amount in window.micro_cycles.items()
-    }
-    energies = None if window.energy_mj is None else shares(window.energy_mj, weights)
-    span_ns = max(1, last.end_boot_ns - first.start_boot_ns)
-    result: list[Closed] = []
-    for index, claim in enumerate(claims):
-        flags = {*first.flags, *claim.flags, *(("shared",) if len(claims) > 1 else ())}
-        record = UsageRecord(
-            device=first.device,
-            start_unix_ms=first.start_unix_ns // NS_PER_MS,
-            start_boot_ms=start_ms,
-            end_boot_ms=end_ms,
-            owner=claim.owner,
-            attribution=claim.attribution(len(claims), sum(weights)),
-            gpu_time_ms=times[index],
-            allocated_time_ms=None,
-            wall_time_ms=end_ms - start_ms,
-            tier=first.tier,
-            precision=claim.precision,
-            precision_origin=claim.precision_origin,
-            cycles=_cycles(cycles, index),
-            cycles_origin=_cycles_origin(window),
-            energy_mj=None if energies is None else energies[index],
-            energy_origin="absent" if energies is None else "counter",
-            energy_counter_mj=last.energy_counter_mj,
-            sm_clock_khz=None if first.sm_clock_khz is None else window.clock_khz_ns // span_ns,
-            absent=dict(sorted({**first.absent, "allocated_time": "no_scheduler_source"}.items())),
-            flags=tuple(sorted(flags)),
-            user_commitment=None,
-        )
-        result.append(Closed(record=record, user=claim.user))
-    return result
-
-
-def _cycles(parts: dict[str, list[int]], index: int) -> Cycles:
-    if not parts:
-        return NO_CYCLES
-    return Cycles(**{name: values[index] for name, values in parts.items()})
-
-
-def _cycles_origin(window: Window) -> CyclesOrigin:
-    if not window.micro_cycles:
-        return "absent"
-    return "derived" if window.first.derived else "measured"
-
-
-def _gap(window: Window, claims: list[Claim], start_ms: int, end_ms: int) -> Closed:
-    """Nothing was readable: a gap of the one owner, or of nobody where there were several."""
-    claim = claims[0] if len(claims) == 1 else UNKNOWN_CLAIM
-    first = window.first
-    reason = first.absent.get("cycles") or first.absent.get("energy") or "nothing_readable"
-    return Closed(
-        record=GapRecord(
-            device=first.device,
-            start_unix_ms=first.start_unix_ns // NS_PER_MS,
-            start_boot_ms=start_ms,
-            gap_ms=end_ms - start_ms,
-            owner=claim.owner,
-            attribution=claim.attribution(1, claim.weight),
-            precision=claim.precision,
-            reason=reason,
-            flags=tuple(sorted({*first.flags, *claim.flags})),
-            user_commitment=None,
-        ),
-        user=claim.user,
-    )
-
-
-def _wall_gap(anchor: Anchor, now_unix_ns: int, reason: str) -> Closed:
-    """Dark time between two boots: only wall time can say how long it was."""
-    start_ms = anchor.unix_ns // NS_PER_MS
-    gap_ms = now_unix_ns // NS_PER_MS - start_ms
-    return Closed(
-        record=GapRecord(
-            device=anchor.device,
-            start_unix_ms=start_ms,
-            start_boot_ms=None,
-            gap_ms=max(0, gap_ms),
-            owner=UNATTRIBUTED_OWNER,
-            attribution=Attribution(source="none", evidence=UNKNOWN_CLAIM.evidence),
-            precision=None,
-            reason=reason,
-            flags=("clock_stepped",) if gap_ms < 0 else (),
-            user_commitment=None,
-        ),
-        user=None,
-    )
-
-
 def _given_up(device: DeviceState, node: NodeSample, closed: list[Closed]) -> DeviceState:
     """A device that has been dark for an hour: the time so far is a gap, whatever comes later.
 
     Its counters are let go with it, so that what they bridge later is not counted twice.
     """
     anchor = device.anchor
-    closed.extend([] if device.window is None else _records(device.window))
+    closed.extend([] if device.window is None else window_records(device.window))
     reasons = {failure.device.key: failure.reason for failure in node.failures}
-    start_ms = anchor.boot_ns // NS_PER_MS
-    closed.append(
-        Closed(
-            record=GapRecord(
-                device=anchor.device,
-                start_unix_ms=anchor.unix_ns // NS_PER_MS,
-                start_boot_ms=start_ms,
-                gap_ms=node.boot_ns // NS_PER_MS - start_ms,
-                owner=UNATTRIBUTED_OWNER,
-                attribution=Attribution(source="none", evidence=UNKNOWN_CLAIM.evidence),
-                precision=None,
-                reason=reasons.get(anchor.device.key) or node.failure or "not_seen",
-                flags=(),
-                user_commitment=None,
-            ),
-            user=None,
-        )
-    )
+    reason = reasons.get(anchor.device.key) or node.failure or "not_seen"
+    closed.append(boot_gap(anchor, node.boot_ns, reason))
     return DeviceState(
         anchor=Anchor(
             device=anchor.device,
@@ -520,12 +270,6 @@ def _given_up(device: DeviceState, node: NodeSample, closed: list[Closed]) -> De
         ),
         window=None,
     )
-
-
-def _claim_order(claim: Claim) -> tuple[str, ...]:
-    owner = claim.owner
-    parts = (owner.kind, owner.project, owner.model, owner.run, owner.attempt, owner.job)
-    return tuple(part or "" for part in (*parts, owner.activity, claim.precision, claim.user))
 
 
 def records_of(closed: Iterable[Closed]) -> list[AgentRecord]:

@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from flopledger_agent.metering import MICRO, shares
+from flopledger_agent.windows import MICRO, shares
 from flopledger_core.records import Cycles
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from flopledger_agent.gpus.interface import NodeSample
-    from flopledger_agent.metering import Slice
+    from flopledger_agent.windows import Slice
     from flopledger_core.records import Device
 
 

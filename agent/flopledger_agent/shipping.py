@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 SHIP_IDLE_SECONDS: Final = 0.5  # how often the shipper looks at the spool, in the clock's time
 STOP_DELIVERY_SECONDS: Final = 5.0  # a stopping agent tries to deliver for this long, in all
+COLLECTOR: Final = "collector"  # the topic of troubles that are of no stream
 
 log = logging.getLogger("flopledger.agent")
 
@@ -55,7 +56,7 @@ class Shipping:
         self._finish = threading.Event()
         self._give_up_at = math.inf
         self._ask_ledger = True  # which ledger it is: asked at first and after every refusal
-        self._said: str | None = None
+        self._said: dict[str, str] = {}  # the last trouble logged, of each stream and the collector
         self._thread = threading.Thread(target=self._run, name="shipper", daemon=True)
 
     def start(self) -> None:
@@ -81,19 +82,14 @@ class Shipping:
         """One request, if there is something to send now; True when anything came of it."""
         now_ns = self._clock.boottime_ns()
         try:
-            progress = self._attempt(now_ns)
+            return self._attempt(now_ns)
         except CollectorUnreachable as error:
             self._fail(now_ns, error.reason, str(error))
-            return False
         except StateError as error:
             self._fail(now_ns, "state_directory", str(error))
-            return False
         except Exception as error:  # noqa: BLE001 (whatever it is, the thread must live)
             self._fail(now_ns, "unexpected_error", f"{type(error).__name__}: {error}", error)
-            return False
-        if progress and self._shipper.last_error is None:
-            self._said = None
-        return progress
+        return False
 
     def _attempt(self, now_ns: int) -> bool:
         with self._loop.spool_lock:
@@ -113,9 +109,15 @@ class Shipping:
         with self._loop.spool_lock:
             progress = self._shipper.on_answers(now_ns, sent, answers)
             trouble = self._shipper.last_error
-        if trouble is not None:
+        if trouble is None:
+            self._said.pop(COLLECTOR, None)
+            self._said.pop(sent[0].stream_id, None)
+        elif progress:
             self._ask_ledger = True
-            self._say(trouble, "batch_refused" if progress else "ship_failed")
+            self._said.pop(COLLECTOR, None)
+            self._say(sent[0].stream_id, trouble, "batch_refused")
+        else:
+            self._say(COLLECTOR, trouble, "ship_failed")
         return progress
 
     def _read(self, now_ns: int, batches: Sequence[SpooledBatch]) -> list[bytes]:
@@ -132,7 +134,7 @@ class Shipping:
                         "quarantine/; restore it from a backup: later batches of its stream wait",
                     )
             if content is None:
-                self._say(self._shipper.last_error or "", "batch_damaged")
+                self._say(batch.stream_id, self._shipper.last_error or "", "batch_damaged")
                 break
             whole.append(content)
         return whole
@@ -152,16 +154,14 @@ class Shipping:
     def _left_seconds(self) -> float:
         return self._give_up_at - self._monotonic()
 
-    def _fail(
-        self, now_ns: int, reason: str, message: str, error: Exception | None = None
-    ) -> None:
+    def _fail(self, now_ns: int, reason: str, message: str, error: Exception | None = None) -> None:
         with self._loop.spool_lock:
             self._shipper.on_failure(now_ns, reason, message)
-        self._say(message, "ship_failed" if error is None else "unexpected_error", error)
+        self._say(COLLECTOR, message, "ship_failed" if error is None else "unexpected_error", error)
 
-    def _say(self, message: str, action: str, error: Exception | None = None) -> None:
-        """Log a trouble when it is another one than the last."""
-        if message != self._said:
-            self._said = message
+    def _say(self, topic: str, message: str, action: str, error: Exception | None = None) -> None:
+        """Log a trouble when it is another one than the last of its topic."""
+        if self._said.get(topic) != message:
+            self._said[topic] = message
             level = logging.WARNING if action == "ship_failed" else logging.ERROR
             log.log(level, "%s", message, exc_info=error, extra={"action": action})

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Final
 
 import msgspec
 
-from flopledger_agent.metering import Closed, MeterState, empty_state
+from flopledger_agent.metering import MeterState, empty_state
 from flopledger_agent.spool import file_name
+from flopledger_agent.windows import Closed
 from flopledger_core.batch import (
     RECORDS_PER_BATCH_MAX,
     BatchHeader,

@@ -20,8 +20,8 @@ from flopledger_agent.metering import (
     observe,
     records_of,
     resume,
-    shares,
 )
+from flopledger_agent.windows import shares
 from flopledger_core.records import GapRecord, UsageRecord
 from tests.agent.sampling import BOOT_NS, GPU, SECOND_NS, UNIX_NS, claim, cycles, node, sample
 

@@ -203,3 +203,62 @@ def test_nobody_at_home_is_unreachable() -> None:
     """A refused connection is a sentence, not a crash."""
     with pytest.raises(CollectorUnreachable, match=r"127\.0\.0\.1"):
         HttpCollector("http://127.0.0.1:9", 5.0, "test").send(b"batch\n")
+
+
+def test_an_answer_for_something_else_backs_off(spool: Spool) -> None:
+    """A collector that answers for other batches is as silent as none: no hot loop."""
+    shipper = Shipper(spool, lambda: 0.0)
+    sent = shipper.next_batches(0, NEW)
+    foreign = Answer(stream_id="00" * 16, sequence=0, outcome="admitted", message="")
+
+    assert not shipper.on_answers(0, sent, Answers(answers=(foreign,)))
+    assert shipper.failures == {"unrelated_answer": 1}
+    assert not shipper.may_try(0)
+
+
+def test_a_request_that_cannot_be_told_apart_is_sent_singly(spool: Spool) -> None:
+    """A refusal without a name, as for a header nobody can read, finds its batch in the end."""
+    shipper = Shipper(spool, lambda: 0.0)
+    nameless = msgspec.json.decode(
+        b'{"stream_id":null,"sequence":null,"batch_hash":null,"outcome":"refused","message":"no"}',
+        type=Answer,
+    )
+    sent = shipper.next_batches(0, NEW)
+    first = answers(sent[:1], "admitted").answers
+    shipper.on_answers(0, sent, Answers(answers=(*first, nameless)))
+    alone = shipper.next_batches(0, NEW)
+    shipper.on_answers(0, alone, Answers(answers=(nameless,)))
+
+    assert [(b.stream_id, b.sequence) for b in alone] == [(OLD, 1)]
+    assert (shipper.blocked[OLD].outcome, len(spool)) == ("refused", 4)
+    assert [(b.stream_id, b.sequence) for b in shipper.next_batches(0, NEW)] == [(NEW, 0)]
+
+
+def test_a_nameless_admission_frees_nothing(spool: Spool) -> None:
+    """Only a refusal may be taken for a batch that it does not name."""
+    shipper = Shipper(spool, lambda: 0.0)
+    sent = shipper.next_batches(0, NEW)[:1]
+    answer = Answer(stream_id=None, sequence=None, outcome="admitted")
+
+    assert not shipper.on_answers(0, sent, Answers(answers=(answer,)))
+    assert len(spool) == 5
+
+
+def test_the_same_answer_twice_counts_once(spool: Spool) -> None:
+    """The page shows batches, not answers."""
+    shipper = Shipper(spool, lambda: 0.0)
+    sent = shipper.next_batches(0, NEW)
+    twice = answers(sent, "admitted").answers * 2
+    shipper.on_answers(0, sent, Answers(answers=twice))
+
+    assert (shipper.shipped, len(spool)) == (3, 2)
+
+
+def test_damage_blocks_its_own_stream_only(spool: Spool) -> None:
+    """Batches after a damaged one cannot link: they are kept, shown, and tried again later."""
+    shipper = Shipper(spool, lambda: 0.0)
+    shipper.on_damage(0, shipper.next_batches(0, NEW)[0], "moved aside")
+
+    assert shipper.blocked[OLD].outcome == "damaged"
+    assert {batch.stream_id for batch in shipper.next_batches(0, NEW)} == {NEW}
+    assert len(spool) == 5

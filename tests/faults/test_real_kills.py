@@ -174,12 +174,11 @@ def check_time_and_energy(batches: list[SealedBatch]) -> None:
         assert energy[device] == max(counters[device]) - first[device]
 
 
-@pytest.mark.parametrize("seed", [1, 2])
-def test_kills_of_agent_and_collector_lose_and_double_nothing(tmp_path: Path, seed: int) -> None:
+def kill_at_random(root: Path, seed: int) -> None:
     """Eight kills at random moments, then a clean stop: one unbroken stream, exact energy."""
     chance = random.Random(seed)
     pause = threading.Event()
-    with Cluster(tmp_path) as cluster:
+    with Cluster(root) as cluster:
         cluster.wait_for("first minute", pause, more_than=0)
         for _ in range(8):
             pause.wait(chance.uniform(0.05, 1.5))
@@ -199,3 +198,16 @@ def test_kills_of_agent_and_collector_lose_and_double_nothing(tmp_path: Path, se
     assert len({batch.header.stream_id for batch in batches}) == 1
     assert [batch.header.sequence for batch in batches] == list(range(len(batches)))
     check_time_and_energy(batches)
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_kills_of_agent_and_collector_lose_and_double_nothing(tmp_path: Path, seed: int) -> None:
+    """Two seeds that every run repeats."""
+    kill_at_random(tmp_path, seed)
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("seed", range(100, 125))
+def test_kills_at_two_hundred_moments(tmp_path: Path, seed: int) -> None:
+    """Twenty-five seeds, eight kills each."""
+    kill_at_random(tmp_path, seed)

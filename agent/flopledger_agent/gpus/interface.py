@@ -20,7 +20,9 @@ class GpuSample(msgspec.Struct, frozen=True, kw_only=True):
 
     `cycles` are cumulative counters (tier `gpm_cycles`). `utilization` are means over the time
     since this device's previous sample, as exact ratios 0..1 by `Cycles` field name (tiers
-    `gpm_util`, `gpu_util`); a source gives one or the other, or neither with a reason.
+    `gpm_util`, `gpu_util`); a source gives one or the other, or neither with a reason. Only where
+    counting begins after samples without cycles does one sample give both: its ratios tell the
+    interval that ends and the tier, its cycles are what the next sample is counted from.
     `processes` None means that they could not be listed; an empty tuple means that none run.
     """
 

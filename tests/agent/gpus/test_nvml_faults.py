@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from fractions import Fraction
 from typing import TYPE_CHECKING
 
@@ -68,7 +69,8 @@ def test_an_unsupported_field_is_asked_again_after_a_new_init() -> None:
         assert it.tick().samples[0].power_mw is None
         it.driver.inject_system(error(1, "nvmlDeviceGetCount_v2", seconds=0.5))
         assert it.tick(0.25).failure == "driver_uninitialized"
-        it.warm()
+        it.tick()
+        it.tick()
         assert it.tick().samples[0].power_mw == 612_500
 
 
@@ -289,7 +291,7 @@ def test_every_interval_of_a_late_start_has_a_reading() -> None:
         assert [sample.tier for sample in samples] == (
             ["gpu_util"] * 2 + ["gpm_util"] * 2 + ["gpm_cycles"] * 4
         )
-        for before, after in zip(samples, samples[1:], strict=False):
+        for before, after in itertools.pairwise(samples):
             counted = before.cycles is not None and after.cycles is not None
             assert after.utilization is not None or counted
 
