@@ -174,8 +174,8 @@ def sampling() -> list[AnyPanel]:
     )
     errors = time_panel(
         "Failed samples by reason",
-        "Ticks in which a device could not be sampled. One warming_up at an agent's start is "
-        "normal. A reason that stays is a fault of driver or device: drain the node.",
+        "Ticks in which a device could not be sampled. Two or three warming_up at an agent's start "
+        "are normal. A reason that stays is a fault of driver or device: drain the node.",
         UNIT_PER_SECOND,
     ).with_target(
         query(
