@@ -26,8 +26,8 @@ UNIT_WORDS: Final = frozenset(
     "ns us ms s seconds minutes hours days hz khz mhz joules mj watts mw celsius bytes kib mib gib"
     " cycles flop operations ratio share shares percent mille milli per ppm cents price weight"
     " speed count index number id pid uid gid fd port version sequence position generation instance"
-    " code seed size depth digits attempts entries records batches samples sharers weights gpus sms nodes"
-    " streams slices workers row rows line lines architecture".split()
+    " code seed size depth digits attempts entries records batches samples sharers weights gpus"
+    " sms nodes streams slices workers row rows line lines architecture".split()
 )
 
 _NETWORK_CALLS: Final = frozenset(

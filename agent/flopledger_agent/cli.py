@@ -24,6 +24,7 @@ from flopledger_core.errors import FlopLedgerError, InvalidInput
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from types import FrameType
 
     from flopledger_agent.attribution.tag_values import Tags
 
@@ -225,8 +226,12 @@ def _tag_socket(config: Path | None) -> Path:
 def _stop_on_signals() -> threading.Event:
     """An event that SIGTERM and SIGINT set, from now on."""
     stop = threading.Event()
+
+    def on_signal(_number: int, _frame: FrameType | None) -> None:
+        stop.set()
+
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stop.set())
+        signal.signal(number, on_signal)
     return stop
 
 

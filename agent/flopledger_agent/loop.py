@@ -93,6 +93,7 @@ class AgentLoop:
         self._sealed = 0
         self._last_error: str | None = None
         self._learned_ledger_id: str | None = None
+        self._left_stream_id: str | None = None
         self.view = self._view(None, {})
 
     def tick(self) -> None:
@@ -149,6 +150,7 @@ class AgentLoop:
         self.tick()
         self.seal()
         self._remember()
+        self.view = self._view(self.view.sample, self.view.claims)
         self._attributor.close()
         self._source.close()
 
@@ -159,6 +161,13 @@ class AgentLoop:
         the old one belong to the old ledger and stay in the spool.
         """
         self._learned_ledger_id = ledger_id
+
+    def leave_stream(self, stream_id: str) -> None:
+        """The stream is broken at the collector: what is sealed from now on needs another one.
+
+        Its waiting batches stay in the spool for a person to look at.
+        """
+        self._left_stream_id = stream_id
 
     def _recall(self) -> stream.Memory:
         memory = stream.recall(self._disk)
@@ -189,17 +198,18 @@ class AgentLoop:
         return memory
 
     def _bind(self) -> None:
-        """Bind the stream to the ledger that was learnt, or begin one that is bound to it."""
+        """Bind the stream to the ledger that was learnt; begin another where it cannot go on."""
         learned, memory = self._learned_ledger_id, self._memory
-        if learned is None or memory.ledger_id == learned:
-            return
-        if memory.ledger_id is None:
-            self._memory = msgspec.structs.replace(memory, ledger_id=learned)
-            return
+        if memory.stream_id != self._left_stream_id:
+            if learned is None or memory.ledger_id == learned:
+                return
+            if memory.ledger_id is None:
+                self._memory = msgspec.structs.replace(memory, ledger_id=learned)
+                return
         successor = stream.succeed(
             memory,
             self._random_bytes(16).hex(),
-            ledger_id=learned,
+            ledger_id=learned or memory.ledger_id,
             fingerprint=fingerprint(self._key.public_key),
         )
         try:

@@ -26,6 +26,9 @@ REFUSED_RETRY_SECONDS: Final = 60.0  # a refusal waits for a person: look again 
 
 DURABLE: Final = frozenset({"admitted", "duplicate"})  # the collector holds the batch for good
 
+# After these a stream's later batches cannot link to anything the collector has.
+UNLINKABLE: Final = frozenset({"damaged", "conflict"})
+
 Outcome = Literal["admitted", "duplicate", "conflict", "out_of_order", "refused"]
 
 
@@ -67,6 +70,11 @@ class Shipper:
         self.shipped = 0
         self.failures: dict[str, int] = {}
         self.last_error: str | None = None
+
+    def is_broken(self, stream_id: str) -> bool:
+        """True when later batches of the stream can never link, whatever a person does."""
+        block = self.blocked.get(stream_id)
+        return block is not None and block.outcome in UNLINKABLE
 
     def may_try(self, now_ns: int) -> bool:
         """False while a failure is being waited out."""
@@ -111,7 +119,9 @@ class Shipper:
                 return True
             self._spool.free(batch.stream_id, batch.sequence)
             del unanswered[batch.stream_id, batch.sequence]
-            self.blocked.pop(batch.stream_id, None)
+            block = self.blocked.get(batch.stream_id)
+            if block is not None and now_ns >= block.retry_ns:  # not one found while sending
+                del self.blocked[batch.stream_id]
             self.shipped += 1
             freed += 1
         if freed:

@@ -89,6 +89,10 @@ class Shipping:
             self._fail(now_ns, "state_directory", str(error))
         except Exception as error:  # noqa: BLE001 (whatever it is, the thread must live)
             self._fail(now_ns, "unexpected_error", f"{type(error).__name__}: {error}", error)
+        finally:
+            current = self._loop.view.stream_id
+            if self._shipper.is_broken(current):
+                self._loop.leave_stream(current)
         return False
 
     def _attempt(self, now_ns: int) -> bool:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Final
 
 import msgspec
 
-from flopledger_core.bounds import ZERO, Bounds, total
+from flopledger_core.bounds import ZERO, Bounds, exactly, total
 from flopledger_core.records import Cycles, Declaration, GapRecord, ImportedHours, UsageRecord
 from flopledger_core.units import HZ_PER_MHZ, US_PER_MS, ceil_div, floor_div
 
@@ -231,10 +231,17 @@ def _declared_basis(record: Declaration) -> dict[str, int]:
         f"{prefix}_flop_low": record.flop_low,
         f"{prefix}_flop": record.flop_central,
         f"{prefix}_flop_high": record.flop_high,
+        "declared_integer_operations": record.integer_operations,
         "declared_energy_mj": record.energy_mj,
         "declared_gpu_time_ms": record.gpu_time_ms,
     }
     sums = {name: int(text) for name, text in amounts.items() if text is not None}
+    # What a declaration is silent about is not zero: whoever sums must know how many spoke.
+    sums["declared_records"] = 1
+    if record.flop_central is not None and record.flop_basis == "executed":
+        sums["declared_flop_records"] = 1
+    if record.integer_operations is not None:
+        sums["declared_integer_records"] = 1
     if record.cost_cents is not None:
         sums[f"declared_cost_cents_{record.currency}"] = int(record.cost_cents)
     return sums
@@ -384,16 +391,14 @@ def _from_hours(sums: Mapping[str, int], accelerator: Accelerator, rates: _Rates
 
 
 def _declared(sums: Mapping[str, int]) -> Work:
-    if not any(
-        sums.get(name) for name in ("declared_flop_low", "declared_flop", "declared_flop_high")
-    ):
-        return Work()
+    integers = sums.get("declared_integer_operations", 0)
     return Work(
         flop=Bounds(
             low=sums.get("declared_flop_low", 0),
             central=sums.get("declared_flop", 0),
             high=sums.get("declared_flop_high", 0),
-        )
+        ),
+        integer_operations=exactly(integers),
     )
 
 

@@ -249,6 +249,7 @@ class Declaration(
     flop_central: DecimalAmount | None
     flop_high: DecimalAmount | None
     flop_basis: Literal["executed", "model"]
+    integer_operations: DecimalAmount | None = None  # None: not stated, which is not zero
     energy_mj: DecimalAmount | None
     gpu_time_ms: DecimalAmount | None
     cost_cents: DecimalAmount | None  # hundredths of the currency unit

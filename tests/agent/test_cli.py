@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -20,7 +21,7 @@ from flopledger_agent.attribution import tag_client
 from flopledger_agent.cli import main
 from flopledger_agent.spool import file_name
 from tests.agent.sealing import sealed
-from tests.agent.test_daemon import config_text
+from tests.agent.test_daemon import config_text, wait_until
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -161,6 +162,22 @@ def test_a_job_runs_without_the_agents_configuration(monkeypatch: pytest.MonkeyP
     assert status == 2
 
 
+def opened_for_writing(gate: Path) -> int:
+    """A descriptor of a fifo, once somebody reads from it; fails when nobody does in time."""
+    found: list[int] = []
+
+    def opened() -> bool:
+        try:
+            found.append(os.open(gate, os.O_WRONLY | os.O_NONBLOCK))
+        except OSError as error:
+            if error.errno != errno.ENXIO:  # nobody reads yet
+                raise
+        return bool(found)
+
+    wait_until(opened)
+    return found[0]
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_during_start_is_a_clean_end(
     config: str, tmp_path: Path, number: signal.Signals
@@ -175,7 +192,7 @@ def test_a_signal_during_start_is_a_clean_end(
         text=True,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
     ) as agent:
-        with gate.open("w") as file:  # opens once the agent reads its configuration: it starts
+        with os.fdopen(opened_for_writing(gate), "w") as file:  # the agent is starting
             agent.send_signal(number)
             threading.Event().wait(0.1)
             file.write(text)

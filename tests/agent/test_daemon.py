@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import socket
 import threading
 import time
@@ -17,7 +18,7 @@ import pytest
 from flopledger_agent import shipping as shipping_module
 from flopledger_agent.clocks import SystemClock
 from flopledger_agent.config import parse_config
-from flopledger_agent.daemon import Daemon
+from flopledger_agent.daemon import Daemon, lock_state
 from flopledger_agent.disk import MemoryDisk
 from flopledger_agent.errors import AgentError, CollectorUnreachable, SpoolFull, StateError
 from flopledger_agent.shipper import Answer, Answers, Shipper
@@ -303,7 +304,7 @@ def test_every_step_of_stopping_happens(tmp_path: Path, monkeypatch: pytest.Monk
 
     assert run_beside(built, lambda: None, stop) == 1
     assert not (tmp_path / "tags.sock").exists()
-    make(tmp_path)[0]._wind_down()  # the state directory is free again
+    os.close(lock_state(tmp_path / "state"))  # the state directory is free again
 
 
 def test_only_the_page_blames_its_address(tmp_path: Path) -> None:

@@ -35,7 +35,9 @@ def serve() -> Iterator[Callable[..., str]]:
             try:
                 with closing(listener.accept()[0]) as connection:
                     connection.settimeout(10)
-                    connection.recv(65536)
+                    asked = b""
+                    while not asked.endswith(b"batch\n"):  # bytes left unread would reset it
+                        asked += connection.recv(65536)
                     connection.sendall(said)
                     while drip and not over.wait(0.05):
                         connection.sendall(drip)

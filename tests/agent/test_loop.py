@@ -423,3 +423,20 @@ def test_a_record_no_wire_can_carry_is_moved_aside() -> None:
     assert agent.moved_aside >= 1
     assert disk.names("quarantine") != []
     assert {record.device.uuid for record in place.usage()} == {GPU.uuid}
+
+
+def test_a_stream_broken_at_the_collector_is_succeeded() -> None:
+    """What is sealed later goes on in a stream that names the broken one."""
+    place = Node(MemoryDisk())
+    agent = place.agent()
+    place.tick(agent, 70)
+    broken = agent.view.stream_id
+    agent.leave_stream(broken)
+    place.tick(agent, 70)
+    agent.stop()
+    later = [batch for batch in place.batches() if batch.header.stream_id != broken]
+
+    assert later[0].header.predecessor is not None
+    assert later[0].header.predecessor.stream_id == broken
+    assert len({batch.header.stream_id for batch in later}) == 1
+    assert sum(record.gpu_time_ms for record in place.usage()) == 140_000
