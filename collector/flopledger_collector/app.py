@@ -59,7 +59,13 @@ def create_app(
     handle: LedgerHandle, *, monotonic_ns: Callable[[], int] = time.monotonic_ns
 ) -> ASGIApp:
     """The ASGI application over an open ledger; whoever opened the ledger closes it."""
-    surface = Surface(handle, load_rules(handle.config.policies.adopted), monotonic_ns=monotonic_ns)
+    config = handle.config
+    rules = load_rules(
+        config.policies.adopted,
+        policy_directory=config.policies.path,
+        instrument_directory=config.instruments.path,
+    )
+    surface = Surface(handle, rules, monotonic_ns=monotonic_ns)
 
     @asynccontextmanager
     async def lifespan(_app: Litestar) -> AsyncIterator[None]:

@@ -82,6 +82,25 @@ class PoliciesConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
 
     adopted: tuple[str, ...] = POLICIES
     """Ids as `flopledger policies list` prints them."""
+    directory: Annotated[str, Meta(min_length=1)] | None = None
+    """A directory of policy files of one's own, beside the packaged ones."""
+
+    @property
+    def path(self) -> Path | None:
+        """The directory, if there is one."""
+        return None if self.directory is None else Path(self.directory)
+
+
+class InstrumentsConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The `[instruments]` table: legal thresholds beside the packaged ones."""
+
+    directory: Annotated[str, Meta(min_length=1)] | None = None
+    """A directory of instrument files of one's own, beside the packaged ones."""
+
+    @property
+    def path(self) -> Path | None:
+        """The directory, if there is one."""
+        return None if self.directory is None else Path(self.directory)
 
 
 class CollectorConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -94,6 +113,7 @@ class CollectorConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     trust: TrustConfig = TrustConfig()
     fold: FoldConfig = FoldConfig()
     policies: PoliciesConfig = PoliciesConfig()
+    instruments: InstrumentsConfig = InstrumentsConfig()
     clock: ScaledClockConfig | None = None
     """Only in demonstrations and tests: time that runs faster than real."""
 

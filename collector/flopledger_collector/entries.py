@@ -56,12 +56,21 @@ class PostedEntry(msgspec.Struct, frozen=True, kw_only=True):
     sequence: int
     batch_hash: str
     posted_records: int
-    duplicates: tuple[str, ...] = ()  # import keys that had been posted before
+    duplicates: tuple[str, ...] = ()  # import keys that had been posted before, equal in all terms
+    differing: tuple[str, ...] = ()  # import keys posted before with other terms: the first stand
 
     @property
-    def outcome(self) -> Literal["posted", "duplicate"]:
-        """`duplicate` when nothing new was posted."""
-        return "posted" if self.posted_records else "duplicate"
+    def outcome(self) -> Literal["posted", "duplicate", "differing"]:
+        """`duplicate` or `differing` when nothing new was posted."""
+        if self.posted_records:
+            return "posted"
+        return "differing" if self.differing else "duplicate"
+
+
+class _ImportedLeaf(msgspec.Struct, frozen=True, kw_only=True):
+    """What comparing imports needs of a leaf."""
+
+    record: ImportedHours
 
 
 class Entries:
@@ -115,15 +124,17 @@ class Entries:
     def _post(
         self, journal: JournalRows, scope: str, records: Sequence[PersonRecord]
     ) -> PostedEntry:
-        fresh, duplicates = _without_duplicates(records, journal)
+        fresh, duplicates, differing = _without_duplicates(records, journal)
         if not fresh:
-            stream_id, sequence = journal.import_places(duplicates)[duplicates[0]]
+            first = (*duplicates, *differing)[0]
+            stream_id, sequence, _ = journal.import_places([first])[first]
             return PostedEntry(
                 stream_id=stream_id,
                 sequence=sequence,
                 batch_hash=journal.batch_hash(stream_id, sequence) or "",
                 posted_records=0,
                 duplicates=duplicates,
+                differing=differing,
             )
         content, header = self._sealed(journal, scope, fresh)
         name = batch_hash(content.partition(b"\n")[0])
@@ -151,6 +162,7 @@ class Entries:
             batch_hash=name,
             posted_records=len(fresh),
             duplicates=duplicates,
+            differing=differing,
         )
 
     def _sealed(
@@ -236,20 +248,46 @@ def _checked(record: PersonRecord) -> PersonRecord:
 
 def _without_duplicates(
     records: Sequence[PersonRecord], journal: JournalRows
-) -> tuple[tuple[PersonRecord, ...], tuple[str, ...]]:
-    """Records not imported before, and the import keys of the others."""
+) -> tuple[tuple[PersonRecord, ...], tuple[str, ...], tuple[str, ...]]:
+    """Records not imported before; the import keys of equal others; those of differing others."""
     keys = [record.import_key for record in records if isinstance(record, ImportedHours)]
-    known: set[str] = set(journal.import_places(keys)) if keys else set()
+    known = _imported(keys, journal) if keys else {}
     fresh: list[PersonRecord] = []
     duplicates: list[str] = []
+    differing: list[str] = []
     for record in records:
         if isinstance(record, ImportedHours):
+            terms = _terms(record)
             if record.import_key in known:
-                duplicates.append(record.import_key)
+                same = known[record.import_key] == terms
+                (duplicates if same else differing).append(record.import_key)
                 continue
-            known.add(record.import_key)
+            known[record.import_key] = terms
         fresh.append(record)
-    return tuple(fresh), tuple(duplicates)
+    return tuple(fresh), tuple(duplicates), tuple(differing)
+
+
+def _imported(keys: Sequence[str], journal: JournalRows) -> dict[str, ImportedHours | None]:
+    """The terms that keys were posted with; None where this program cannot read them."""
+    by_entry: dict[tuple[str, int], list[tuple[str, int]]] = {}
+    for key, (stream_id, sequence, index) in journal.import_places(keys).items():
+        by_entry.setdefault((stream_id, sequence), []).append((key, index))
+    found: dict[str, ImportedHours | None] = {}
+    for place, members in by_entry.items():
+        leaves = (journal.content(*place) or b"").split(b"\n")[2:]
+        for key, index in members:
+            try:
+                record = msgspec.json.decode(leaves[index], type=_ImportedLeaf).record
+            except (msgspec.MsgspecError, IndexError):
+                found[key] = None
+            else:
+                found[key] = _terms(record)
+    return found
+
+
+def _terms(record: ImportedHours) -> ImportedHours:
+    """A record without what may differ between two imports of the same: who, when, which file."""
+    return msgspec.structs.replace(record, source="-", at_unix_ms=0, author="-")
 
 
 def _salt() -> str:

@@ -16,14 +16,17 @@ import msgspec
 from flopledger_collector.errors import RequestRefused
 from flopledger_collector.journal import (
     AuditEntry,
+    BootSpan,
     Changes,
     DeviceLease,
     DeviceSpan,
     JournalEntry,
     KeyEntry,
+    Reaches,
     StreamState,
+    boot_spans,
     spans,
-    unquestioned_spans,
+    unquestioned,
 )
 from flopledger_core.batch import BatchHeader, batch_hash, decode, split_batches
 from flopledger_core.errors import FlopLedgerError, InvalidInput, shown
@@ -39,6 +42,7 @@ if TYPE_CHECKING:
 REQUEST_BYTES_MAX: Final = 64 * 1024 * 1024  # a relay's bundle of some ten thousand node-minutes
 BATCHES_PER_REQUEST_MAX: Final = 1024  # more would hold one transaction open for too long
 CLOCK_SKEW_TOLERANCE_MS: Final = 10_000  # NTP-less nodes drift by less in days
+FUTURE_TOLERANCE_MS: Final = 86_400_000  # a wrong time zone is no further off; no work begins later
 LEASE_TOLERANCE_MS: Final = 1_000  # wall time may step by this much where two streams meet
 
 Outcome = Literal["admitted", "duplicate", "conflict", "out_of_order", "refused"]
@@ -74,6 +78,7 @@ class Candidate(msgspec.Struct, frozen=True, kw_only=True):
     content: bytes
     findings: tuple[Finding, ...]
     spans: tuple[DeviceSpan, ...]
+    boot_spans: tuple[BootSpan, ...]
     peer_is_loopback: bool
 
 
@@ -162,6 +167,7 @@ def _candidate(
         content=content,
         findings=findings(batch, table),
         spans=spans(batch.records),
+        boot_spans=boot_spans(batch.records),
         peer_is_loopback=peer_is_loopback,
     )
 
@@ -203,6 +209,11 @@ class Admission:
         devices = {span.device_key for c in candidates for span in c.spans}
         for lease in journal.leases(devices):
             self._leases.setdefault(lease.device_key, {})[lease.stream_id] = lease
+        self._reaches = Reaches(
+            journal.reaches(
+                {c.header.stream_id for c in candidates}, {c.header.boot_id for c in candidates}
+            )
+        )
         self._entries: dict[tuple[str, int], JournalEntry] = {}
         self._moved_streams: set[str] = set()
         self._new_keys: list[KeyEntry] = []
@@ -219,6 +230,7 @@ class Admission:
                 self._leases[device_key][stream_id]
                 for device_key, stream_id in sorted(self._moved_leases)
             ),
+            reaches=tuple(self._reaches.moved()),
             audits=tuple(self._audits),
         )
 
@@ -332,8 +344,9 @@ class Admission:
             header, candidate.fingerprint, candidate.batch_hash, self._now_unix_ms
         )
         self._moved_streams.add(header.stream_id)
-        for span in unquestioned_spans(candidate.spans, found):
+        for span in unquestioned(candidate.spans, found):
             self._widen_lease(header.stream_id, span)
+        self._reaches.take(header.stream_id, header.boot_id, candidate.boot_spans, found)
 
     def _ledger_findings(self, candidate: Candidate) -> Iterator[Finding]:
         header = candidate.header
@@ -351,6 +364,7 @@ class Admission:
                 record_index=None,
                 message=f"the node's clock is {ahead} ms ahead of the collector's",
             )
+        yield from self._misdated(candidate)
         for span in candidate.spans:
             other = self._other_holder(header.stream_id, span)
             if other is not None:
@@ -360,6 +374,28 @@ class Admission:
                     message=f"stream {other.stream_id} metered {span.device_key} from "
                     f"{other.first_start_unix_ms} to {other.last_end_unix_ms} already",
                 )
+
+    def _misdated(self, candidate: Candidate) -> Iterator[Finding]:
+        """Records of time that is still to come, or that this stream metered in earlier batches."""
+        header = candidate.header
+        for span in candidate.boot_spans:
+            ahead = span.start_unix_ms - self._now_unix_ms
+            if ahead > FUTURE_TOLERANCE_MS:
+                yield Finding(
+                    code="from_the_future",
+                    record_index=span.record_index,
+                    message=f"start_unix_ms is {span.start_unix_ms}, {ahead} ms after it was "
+                    "received",
+                )
+        for span, reached in self._reaches.repeated(
+            header.stream_id, header.boot_id, candidate.boot_spans
+        ):
+            yield Finding(
+                code="windows_overlap",
+                record_index=span.record_index,
+                message=f"{span.start_boot_ms}..{span.end_boot_ms} of {span.device_key} overlaps "
+                f"time up to {reached} that earlier batches covered",
+            )
 
     def _other_holder(self, stream_id: str, span: DeviceSpan) -> DeviceLease | None:
         tolerance = min(LEASE_TOLERANCE_MS, (span.end_unix_ms - span.start_unix_ms) // 2)

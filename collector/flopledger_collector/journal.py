@@ -7,11 +7,11 @@ itself refuses that.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final, Literal, Protocol
+from typing import TYPE_CHECKING, Final, Literal, Protocol, TypeVar
 
 import msgspec
 
-from flopledger_core.records import UsageRecord
+from flopledger_core.records import GapRecord, UsageRecord
 from flopledger_core.validation import Finding
 
 if TYPE_CHECKING:
@@ -25,6 +25,8 @@ KeyHow = Literal["config", "first_use", "collector"]
 
 # Findings that are worth showing but take nothing out of a total.
 INFORMATIVE_CODES: Final = frozenset({"clock_skew"})
+# Records that their author may not write at all: kept and listed, but nothing is folded from them.
+EXCLUDING_CODES: Final = frozenset({"wrong_author"})
 
 
 class LedgerIdentity(msgspec.Struct, frozen=True, kw_only=True):
@@ -117,6 +119,28 @@ class DeviceLease(msgspec.Struct, frozen=True, kw_only=True):
         )
 
 
+class BootSpan(msgspec.Struct, frozen=True, kw_only=True):
+    """A record's place in its node's boot time; without a start, the boot before was another."""
+
+    device_key: str
+    start_unix_ms: int
+    start_boot_ms: int | None
+    end_boot_ms: int
+    record_index: int
+
+
+class DeviceReach(msgspec.Struct, frozen=True, kw_only=True):
+    """How far in a boot a stream has accounted for a device: no later record starts before."""
+
+    stream_id: str
+    device_key: str
+    boot_id: str
+    end_boot_ms: int
+
+
+_SpanType = TypeVar("_SpanType", DeviceSpan, BootSpan)
+
+
 class AuditEntry(msgspec.Struct, frozen=True, kw_only=True):
     """A refusal or conflict worth keeping; the same one is kept once."""
 
@@ -135,6 +159,7 @@ class Changes(msgspec.Struct, frozen=True, kw_only=True):
     streams: Sequence[StreamState] = ()  # the state after the transaction, each stream once
     keys: Sequence[KeyEntry] = ()  # new ones only
     leases: Sequence[DeviceLease] = ()  # the state after the transaction, each pair once
+    reaches: Sequence[DeviceReach] = ()  # the state after the transaction, each triple once
     audits: Sequence[AuditEntry] = ()
 
 
@@ -157,6 +182,10 @@ class Journal(Protocol):
         """Every lease of these devices."""
         ...
 
+    def reaches(self, stream_ids: Iterable[str], boot_ids: Iterable[str]) -> Sequence[DeviceReach]:
+        """How far these streams have come in these boots, by device."""
+        ...
+
     def write(self, changes: Changes) -> None:
         """Write all of it, or raise and leave the transaction to be rolled back."""
         ...
@@ -176,6 +205,93 @@ def spans(records: Sequence[Record]) -> tuple[DeviceSpan, ...]:
     )
 
 
+def boot_spans(records: Sequence[Record]) -> tuple[BootSpan, ...]:
+    """The boot time that usage and gap records cover, in the order they were sealed."""
+    found: list[BootSpan] = []
+    for index, record in enumerate(records):
+        if isinstance(record, UsageRecord):
+            length_ms = record.window_ms
+        elif isinstance(record, GapRecord):
+            length_ms = record.gap_ms
+        else:
+            continue
+        found.append(
+            BootSpan(
+                device_key=record.device.key,
+                start_unix_ms=record.start_unix_ms,
+                start_boot_ms=record.start_boot_ms,
+                end_boot_ms=(record.start_boot_ms or 0) + length_ms,
+                record_index=index,
+            )
+        )
+    return tuple(found)
+
+
+def excluded_indexes(findings: Iterable[Finding]) -> frozenset[int]:
+    """Which records of a batch count nowhere, not even as disputed."""
+    return frozenset(
+        finding.record_index
+        for finding in findings
+        if finding.code in EXCLUDING_CODES and finding.record_index is not None
+    )
+
+
+class Reaches:
+    """Reaches as a run of batches moves them; each stream's batches come in order.
+
+    A gap without a boot time says that the boot before it was another one: windows of that boot
+    may have been sealed under the new boot's id, so the device begins again behind it.
+    """
+
+    def __init__(self, known: Iterable[DeviceReach] = ()) -> None:
+        self._ends = {(r.stream_id, r.device_key, r.boot_id): r.end_boot_ms for r in known}
+        self._moved: set[tuple[str, str, str]] = set()
+
+    def repeated(
+        self, stream_id: str, boot_id: str, claimed: Iterable[BootSpan]
+    ) -> list[tuple[BootSpan, int]]:
+        """Spans that start before what earlier batches reached, and where that was."""
+        ends: dict[str, int] = {}
+        found: list[tuple[BootSpan, int]] = []
+        for span in claimed:
+            key = span.device_key
+            if span.start_boot_ms is None:
+                ends[key] = 0
+                continue
+            reached = ends.setdefault(key, self._ends.get((stream_id, key, boot_id), 0))
+            if span.start_boot_ms < reached:
+                found.append((span, reached))
+        return found
+
+    def take(
+        self,
+        stream_id: str,
+        boot_id: str,
+        claimed: Sequence[BootSpan],
+        findings: Sequence[Finding],
+    ) -> None:
+        """Move on by a batch's spans, without the disputed ones."""
+        for span in unquestioned(claimed, findings):
+            place = (stream_id, span.device_key, boot_id)
+            if span.start_boot_ms is None:
+                self._ends[place] = 0
+            else:
+                self._ends[place] = max(self._ends.get(place, 0), span.end_boot_ms)
+            self._moved.add(place)
+
+    def moved(self) -> list[DeviceReach]:
+        """Every reach that a batch moved, as it is now."""
+        return [
+            DeviceReach(
+                stream_id=stream_id,
+                device_key=device_key,
+                boot_id=boot_id,
+                end_boot_ms=self._ends[stream_id, device_key, boot_id],
+            )
+            for stream_id, device_key, boot_id in sorted(self._moved)
+        ]
+
+
 def disputed_indexes(findings: Iterable[Finding], record_count: int) -> frozenset[int]:
     """Which records of a batch the findings dispute; a finding on the batch disputes them all."""
     indexes: set[int] = set()
@@ -188,13 +304,12 @@ def disputed_indexes(findings: Iterable[Finding], record_count: int) -> frozense
     return frozenset(indexes)
 
 
-def unquestioned_spans(
-    claimed: Sequence[DeviceSpan], findings: Sequence[Finding]
-) -> tuple[DeviceSpan, ...]:
-    """Spans that may hold a lease: those without any finding, skewed clocks included."""
-    if not findings:
-        return tuple(claimed)
-    if any(finding.record_index is None for finding in findings):
+def unquestioned(
+    claimed: Sequence[_SpanType], findings: Sequence[Finding]
+) -> tuple[_SpanType, ...]:
+    """Spans of records that no finding disputes; a skewed clock disputes none."""
+    disputing = [finding for finding in findings if finding.code not in INFORMATIVE_CODES]
+    if any(finding.record_index is None for finding in disputing):
         return ()
-    questioned = {finding.record_index for finding in findings}
+    questioned = {finding.record_index for finding in disputing}
     return tuple(span for span in claimed if span.record_index not in questioned)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from datetime import UTC, date, datetime
+from pathlib import Path
 from typing import Final, Protocol
 
 import msgspec
@@ -21,6 +22,14 @@ from flopledger_collector.ledger.position import Position
 from flopledger_collector.ledger.totals import Line, ProjectInfo, Totals
 from flopledger_collector.policies.definitions import HEADLINE_POLICIES, Policy, load_policies
 from flopledger_collector.policies.evaluation import PolicyView, contribution, views
+from flopledger_collector.silence import (
+    QUANTITIES,
+    leaves_open,
+    opened,
+    reasons_of_silence,
+    silent_records,
+    unlimited,
+)
 from flopledger_core.activities import IDLE, UNATTRIBUTED
 from flopledger_core.bounds import ZERO, Bounds, total
 from flopledger_core.errors import UnknownName
@@ -33,14 +42,6 @@ PROJECTS_NAMED_MAX: Final = 8  # projects that an error sentence lists
 COST_PREFIX: Final = "declared_cost_cents_"
 
 MODEL_FLOP: Final = ("model_flop_low", "model_flop", "model_flop_high")
-
-# Quantity -> the sums by which a declaration speaks of it.
-SPOKEN_OF: Final[dict[str, tuple[str, ...]]] = {
-    "flop": ("declared_flop", "declared_flop_high"),
-    "energy_mj": ("declared_energy_mj",),
-    "gpu_time_ms": ("declared_gpu_time_ms",),
-    "integer_operations": (),  # no declaration can
-}
 
 
 class Reader(Protocol):
@@ -90,10 +91,16 @@ class Rules(msgspec.Struct, frozen=True, kw_only=True):
         return self.instruments[instrument_id]
 
 
-def load_rules(adopted: Iterable[str] = HEADLINE_POLICIES) -> Rules:
-    """The packaged rules; UnknownName when an adopted policy is not among them."""
-    policies = load_policies()
-    rules = Rules(policies=policies, instruments=load_instruments(policies), adopted=tuple(adopted))
+def load_rules(
+    adopted: Iterable[str] = HEADLINE_POLICIES,
+    *,
+    policy_directory: Path | None = None,
+    instrument_directory: Path | None = None,
+) -> Rules:
+    """The packaged rules and one's own; UnknownName when an adopted policy is not among them."""
+    policies = load_policies(policy_directory)
+    instruments = load_instruments(policies, instrument_directory)
+    rules = Rules(policies=policies, instruments=instruments, adopted=tuple(adopted))
     for policy_id in rules.adopted:
         rules.policy(policy_id)
     return rules
@@ -197,7 +204,7 @@ def evaluate_project(
 ) -> ProjectStatus:
     """The status of one project under the adopted policies, or those given.
 
-    UnknownName when nobody opened the project and no usage names it.
+    UnknownName when nobody opened the project and no entry names it.
     """
     info = require_project(reader, project)
     accounts = read_accounts(reader, project)
@@ -206,7 +213,7 @@ def evaluate_project(
 
 def evaluate_ledger(reader: Reader, rules: Rules) -> LedgerStatus:
     """The status of every project, all at one position."""
-    totals = reader.totals()
+    totals = _opened(reader.totals())
     lines: dict[str, list[Line]] = {}
     for line in totals.lines:
         if line.kind == "attributed":
@@ -269,8 +276,8 @@ def read_accounts(
             for account in (project, UNATTRIBUTED, IDLE)
         )
         if own.position.heads_root == unattributed.position.heads_root == idle.position.heads_root:
-            return Accounts(totals=own, unattributed=unattributed.lines, idle=idle.lines)
-    everything = reader.totals(start_unix_ms=start_unix_ms, end_unix_ms=end_unix_ms)
+            return Accounts(totals=_opened(own), unattributed=unattributed.lines, idle=idle.lines)
+    everything = _opened(reader.totals(start_unix_ms=start_unix_ms, end_unix_ms=end_unix_ms))
     return Accounts(
         totals=msgspec.structs.replace(
             everything, lines=tuple(line for line in everything.lines if line.project == project)
@@ -278,6 +285,11 @@ def read_accounts(
         unattributed=_of_kind(everything, UNATTRIBUTED),
         idle=_of_kind(everything, IDLE),
     )
+
+
+def _opened(totals: Totals) -> Totals:
+    """What declarations leave unsaid is open in everything that is made of these lines."""
+    return msgspec.structs.replace(totals, lines=tuple(opened(line) for line in totals.lines))
 
 
 def _of_kind(totals: Totals, kind: str) -> tuple[Line, ...]:
@@ -296,7 +308,7 @@ def project_status(
     policy_ids: tuple[str, ...],
 ) -> ProjectStatus:
     """What is said of a project with these accounts; the adopted policies where none is given."""
-    totals = accounts.totals
+    totals, budgets = accounts.totals, tuple(budgets)
     as_of = _day(totals.position)
     usage = usage_of(totals.lines)
     shared = possible(usage_of(accounts.unattributed))
@@ -320,9 +332,10 @@ def project_status(
             for instrument in rules.instruments.values()
         ),
         budgets=tuple(
-            evaluate_budget(budget, _budget_use(budget, usage, shared)) for budget in budgets
+            evaluate_budget(budget, _budget_use(budget, usage, shared, every_line))
+            for budget in budgets
         ),
-        reasons=reasons_of(totals.lines, usage, shared),
+        reasons=(*reasons_of(totals.lines, usage, shared), *uncosted(budgets, every_line)),
     )
 
 
@@ -330,9 +343,7 @@ def reasons_of(lines: Iterable[Line], usage: Usage, shared: Usage) -> tuple[str,
     """Why bounds are open or wide, each reason once."""
     found = [*usage.work.reasons, *shared.work.reasons]
     for line in lines:
-        for quantity, name in (("energy_mj", "energy"), ("gpu_time_ms", "GPU time")):
-            if _leaves_open(line, quantity):
-                found.append(f"declared {line.activity} work states no {name}: it is open upwards")
+        found.extend(reasons_of_silence(line))
     return tuple(dict.fromkeys(found))
 
 
@@ -381,17 +392,10 @@ def usage_of(lines: Iterable[Line]) -> Usage:
         records=sum(line.records for line in chosen),
         disputed_records=sum(line.records for line in chosen if line.standing == "disputed"),
         silent_records={
-            quantity: sum(line.records for line in chosen if not speaks_of(line, quantity))
-            for quantity in SPOKEN_OF
+            quantity: sum(silent_records(line, quantity) for line in chosen)
+            for quantity in QUANTITIES
         },
     )
-
-
-def speaks_of(line: Line, quantity: str) -> bool:
-    """Whether a line says anything of a quantity; meters and gaps always do, people may not."""
-    if line.tier != "declared":
-        return True
-    return any(line.sums.get(name) for name in SPOKEN_OF[quantity])
 
 
 def gpu_time_of(line: Line) -> Bounds:
@@ -402,27 +406,12 @@ def gpu_time_of(line: Line) -> Bounds:
     names = ("gpu_time_ms", "hours_time_ms", "declared_gpu_time_ms")
     known = sum(line.sums.get(name, 0) for name in names)
     bounds = _stands(line, known, known + line.sums.get("gap_time_ms", 0))
-    return _open(bounds) if _leaves_open(line, "gpu_time_ms") else bounds
+    return unlimited(bounds) if leaves_open(line, "gpu_time_ms") else bounds
 
 
 def energy_of(line: Line) -> Bounds:
     """Energy of a line at the chip in mJ; open where work is declared and its energy is not."""
-    return _open(line.energy_mj) if _leaves_open(line, "energy_mj") else line.energy_mj
-
-
-def said(line: Line, quantity: str, amount: Bounds) -> Bounds | None:
-    """`amount` where the line speaks of the quantity, else None: absent is not zero."""
-    return amount if speaks_of(line, quantity) else None
-
-
-def _leaves_open(line: Line, quantity: str) -> bool:
-    """Whether a line declares work and says nothing of a quantity that the work must have had."""
-    declares_work = speaks_of(line, "flop") or any(line.sums.get(name) for name in MODEL_FLOP)
-    return declares_work and not speaks_of(line, quantity)
-
-
-def _open(bounds: Bounds) -> Bounds:
-    return Bounds(low=bounds.low, central=bounds.central, high=None)
+    return unlimited(line.energy_mj) if leaves_open(line, "energy_mj") else line.energy_mj
 
 
 def model_flop_of(line: Line) -> Bounds:
@@ -456,7 +445,22 @@ def _at_most(bounds: Bounds) -> Bounds:
     return Bounds(low=0, central=0, high=bounds.high)
 
 
-def _budget_use(budget: BudgetSet, usage: Usage, shared: Usage) -> Bounds:
+def uncosted(budgets: Iterable[BudgetSet], lines: Iterable[Line]) -> tuple[str, ...]:
+    """Why a cost budget is open: usage whose cost in its currency nobody declared."""
+    chosen = tuple(lines)
+    currencies = dict.fromkeys(budget.currency for budget in budgets if budget.currency is not None)
+    return tuple(
+        f"usage carries no declared cost in {currency}: what was spent is open upwards"
+        for currency in currencies
+        if _lacks_cost(chosen, currency)
+    )
+
+
+def _lacks_cost(lines: Iterable[Line], currency: str) -> bool:
+    return any(f"{COST_PREFIX}{currency}" not in line.sums for line in lines)
+
+
+def _budget_use(budget: BudgetSet, usage: Usage, shared: Usage, lines: tuple[Line, ...]) -> Bounds:
     """What a budget is compared with: everything the project used, before any policy."""
     if budget.quantity == "flop":
         return usage.work.flop + shared.work.flop
@@ -465,4 +469,5 @@ def _budget_use(budget: BudgetSet, usage: Usage, shared: Usage) -> Bounds:
     if budget.quantity == "gpu_time_ms":
         return usage.gpu_time_ms + shared.gpu_time_ms
     currency = budget.currency or ""
-    return usage.cost_cents.get(currency, ZERO) + shared.cost_cents.get(currency, ZERO)
+    cost = usage.cost_cents.get(currency, ZERO) + shared.cost_cents.get(currency, ZERO)
+    return unlimited(cost) if _lacks_cost(lines, currency) else cost

@@ -2,7 +2,8 @@
 
 SQLite adds integers exactly up to 2^63. A total is stored as `high * LIMB + low` with
 `0 <= low < LIMB`, so summing either column stays exact for nine million rows and totals reach
-9e30; `join` turns two summed columns back into one Python integer.
+9e30; `join` turns two summed columns back into one Python integer. What one row cannot hold is
+carried: `split_off` takes whole multiples of `CARRY` away, to be kept in a row of their own.
 """
 
 from __future__ import annotations
@@ -10,6 +11,12 @@ from __future__ import annotations
 from typing import Final
 
 LIMB: Final = 10**12  # decimal, so that a person with a database shell can read the limbs
+CARRY: Final = 10**30  # below the 9.2e30 that two limbs hold
+
+
+def split_off(amount: int) -> tuple[int, int]:
+    """`(carries, rest)`: whole multiples of `CARRY`, and what fits two limbs in any case."""
+    return divmod(amount, CARRY)
 
 
 def split(amount: int) -> tuple[int, int]:

@@ -281,7 +281,7 @@ def work(
     if sums.get("coarse_time_ms"):
         parts.append(_from_coarse(sums, accelerator, architecture, rates))
     if sums.get("hours_time_ms"):
-        parts.append(_from_hours(sums, accelerator, rates))
+        parts.append(_from_hours(sums, accelerator, architecture, rates))
     reasons = [reason] if reason else []
     if sums.get("float_tensor_busy_us"):
         reasons.append("cycles come from percentages and a sampled clock; the low end claims none")
@@ -378,16 +378,19 @@ def _from_coarse(
     return msgspec.structs.replace(most, flop=Bounds(low=0, central=central, high=high))
 
 
-def _from_hours(sums: Mapping[str, int], accelerator: Accelerator, rates: _Rates) -> Work:
+def _from_hours(
+    sums: Mapping[str, int], accelerator: Accelerator, architecture: Architecture, rates: _Rates
+) -> Work:
     """GPU time x peak x stated utilisation; the peak is the datasheet's, at its tensor clock.
 
-    The utilisation is a claim: the low end is nothing, the high end every SM at maximum clock.
+    The utilisation is a claim: the low end is nothing, the high end everything possible.
     """
     cycles_per_second = accelerator.sm_count * accelerator.tensor_clock_mhz * HZ_PER_MHZ
     utilised_us = sums.get("hours_utilised_us", 0)
     central = floor_div(utilised_us * cycles_per_second * rates.central, 1_000_000)
-    high = accelerator.max_sm_cycles(sums["hours_time_ms"]) * rates.high
-    return Work(flop=Bounds(low=0, central=central, high=max(central, high)))
+    most = _could_have_done(sums["hours_time_ms"], accelerator, architecture, rates)
+    high = max(central, most.flop.high or 0)
+    return msgspec.structs.replace(most, flop=Bounds(low=0, central=central, high=high))
 
 
 def _declared(sums: Mapping[str, int]) -> Work:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 import pytest
@@ -10,9 +10,11 @@ import pytest
 from flopledger_collector.keys import load_or_create_key
 from flopledger_core.batch import decode
 from flopledger_core.errors import InvalidInput
+from flopledger_core.records import DECIMAL_DIGITS_MAX
 from flopledger_core.signing import verify
-from tests.collector.opened import folded, opened, opening
-from tests.collector.sealing import START_UNIX_MS, TestClock, hours
+from tests.collector.ledgers import budget, declaration
+from tests.collector.opened import amounts, folded, opened, opening
+from tests.collector.sealing import START_UNIX_MS, TestClock, hours, project_owner
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -102,6 +104,55 @@ def test_one_entry_speaks_of_one_project(tmp_path: Path) -> None:
             handle.entries.post(opening("atlas"), opening("borealis"))
         posted = handle.entries.post_many([opening("atlas"), opening("borealis"), hours("w:1")])
         assert [entry.posted_records for entry in posted] == [2, 1]
+
+
+def test_an_amount_beyond_the_cap_is_refused_before_it_is_journaled(tmp_path: Path) -> None:
+    """One digit too many; the largest amount is taken and folded."""
+    with opened(tmp_path) as handle:
+        with pytest.raises(InvalidInput, match="flop_high"):
+            handle.entries.post(declaration(flop_high="1" + "0" * DECIMAL_DIGITS_MAX))
+        with pytest.raises(InvalidInput, match="limit"):
+            handle.entries.post(budget(limit=str(10**59)))
+        assert handle.ledger.position().provisional_entries == 0
+        handle.entries.post(declaration(flop_high="9" * DECIMAL_DIGITS_MAX))
+        (line,) = folded(handle).lines
+        assert line.work.flop.high == 10**DECIMAL_DIGITS_MAX - 1
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"accelerator": "A100"},
+        {"precision": "fp16"},
+        {"utilization_per_mille": 500},
+        {"owner": project_owner("borealis", job="w:1")},
+    ],
+    ids=["accelerator", "precision", "utilisation", "project"],
+)
+def test_an_import_with_other_terms_is_called_differing(
+    changes: dict[str, Any], tmp_path: Path
+) -> None:
+    """The first import stands; who, when and which file may differ."""
+    with opened(tmp_path) as handle:
+        first = handle.entries.post(hours("w:1"), hours("w:2"))
+        before = amounts(handle)
+
+        other = msgspec.structs.replace(hours("w:1"), **changes)
+        answer = handle.entries.post(other)
+        assert (answer.outcome, answer.differing, answer.duplicates) == ("differing", ("w:1",), ())
+        assert (answer.stream_id, answer.sequence) == (first.stream_id, first.sequence)
+        same = msgspec.structs.replace(hours("w:2"), source="sacct b", at_unix_ms=5, author="eve")
+        again = handle.entries.post(same)
+        assert (again.outcome, again.differing, again.duplicates) == ("duplicate", (), ("w:2",))
+        assert amounts(handle) == before
+
+
+def test_two_terms_for_one_job_in_one_import_differ(tmp_path: Path) -> None:
+    """The first of them is posted."""
+    with opened(tmp_path) as handle:
+        answer = handle.entries.post(hours("w:1"), hours("w:1", gpus=4), hours("w:1"))
+        assert (answer.posted_records, answer.differing) == (1, ("w:1",))
+        assert answer.duplicates == ("w:1",)
 
 
 def test_the_key_file_is_private_and_made_once(tmp_path: Path) -> None:

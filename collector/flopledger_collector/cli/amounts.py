@@ -16,7 +16,9 @@ import click
 from flopledger_core.units import MJ_PER_KWH, MS_PER_HOUR, MS_PER_SECOND
 
 CHARACTERS_MAX: Final = 80  # more than the longest amount a record can hold
-DIGITS_MAX: Final = 60  # of a record's decimal amount
+AMOUNT_MAX: Final = 10**29  # in the ledger's unit; sums of many such still fit its two limbs
+AMOUNT_MAX_TEXT: Final = "1e29"
+EXPONENT_MAX: Final = 60  # what is beyond is never computed
 CENTS_PER_UNIT: Final = 100
 _DECIMAL: Final = re.compile(r"[0-9]+(\.[0-9]+)?([eE]\+?(?P<exponent>[0-9]{1,3}))?")
 _SIGNED: Final = re.compile(r"-[0-9.]")
@@ -42,16 +44,20 @@ class ExactAmount(click.ParamType[int]):
         if found is None:
             why = "negative" if _SIGNED.match(text) else "not a plain decimal"
             self.fail(f"{text[:CHARACTERS_MAX]!r} is {why}: give {self._example}", param, ctx)
-        if int(found["exponent"] or 0) > DIGITS_MAX:
-            self.fail(f"{text!r} is too large: give at most {DIGITS_MAX} digits", param, ctx)
+        too_large = f"{text!r} is too large: give at most {AMOUNT_MAX_TEXT} {self._what}"
+        if int(found["exponent"] or 0) > EXPONENT_MAX:
+            self.fail(too_large, param, ctx)
         exact = Fraction(text) * self._factor
         if exact.denominator != 1:
             self.fail(f"{text!r} is not a whole number of {self._what}: round it", param, ctx)
-        if exact >= 10**DIGITS_MAX:
-            self.fail(f"{text!r} is too large: give at most {DIGITS_MAX} digits", param, ctx)
+        if exact > AMOUNT_MAX:
+            self.fail(too_large, param, ctx)
         return exact.numerator
 
 
+OPERATIONS: Final = ExactAmount(
+    "operations", 1, "operations", "an amount such as 0, 1e20 or 125000"
+)
 FLOP: Final = ExactAmount("flop", 1, "FLOP", "an amount such as 1e20, 3.5e24 or 125000")
 KILOWATT_HOURS: Final = ExactAmount(
     "kwh", MJ_PER_KWH, "millijoules", "kilowatt-hours such as 1250 or 0.75"

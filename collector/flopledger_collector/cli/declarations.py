@@ -14,6 +14,7 @@ from flopledger_collector.cli.amounts import (
     GPU_HOURS,
     KILOWATT_HOURS,
     MONEY,
+    OPERATIONS,
 )
 from flopledger_collector.cli.ledgers import author_option, config_option, writing
 from flopledger_collector.cli.output import print_line
@@ -38,6 +39,9 @@ def declare() -> None:
 @click.option(
     "--model-flop", is_flag=True, help="The FLOP are of a model's architecture (6ND), not executed."
 )
+@click.option(
+    "--integer-operations", type=OPERATIONS, help="Integer operations; 0 where there were none."
+)
 @click.option("--energy-kwh", type=KILOWATT_HOURS, help="Energy at the chip.")
 @click.option("--gpu-hours", type=GPU_HOURS, help="GPU time.")
 @click.option("--cost", type=MONEY, help="Cost, with --currency.")
@@ -59,6 +63,7 @@ def usage(
     flop: int | None,
     flop_bounds: tuple[int, int, int] | None,
     model_flop: bool,
+    integer_operations: int | None,
     energy_kwh: int | None,
     gpu_hours: int | None,
     cost: int | None,
@@ -84,7 +89,9 @@ def usage(
         if value is not None:
             require_id(field, value)
     bounds = _bounds(flop, flop_bounds)
-    if bounds is None and energy_kwh is None and gpu_hours is None and cost is None:
+    if (cost is None) != (currency is None):
+        raise click.UsageError("--cost and --currency go together")
+    if all(one is None for one in (bounds, integer_operations, energy_kwh, gpu_hours, cost)):
         raise click.UsageError(
             "nothing is declared; give --flop, --energy-kwh, --gpu-hours, --cost"
         )
@@ -103,6 +110,7 @@ def usage(
             flop_central=None if bounds is None else str(bounds[1]),
             flop_high=None if bounds is None else str(bounds[2]),
             flop_basis=basis,
+            integer_operations=_text(integer_operations),
             energy_mj=_text(energy_kwh),
             gpu_time_ms=_text(gpu_hours),
             cost_cents=_text(cost),

@@ -82,11 +82,16 @@ def sacct(
     if dry_run:
         _print(_document(report, records(0)), report, form)
         return
+    if accelerator is None:
+        click.echo(
+            "flopledger: no --accelerator is given: the FLOP of these hours stays open", err=True
+        )
     with writing(config_file) as handle:
         entries = handle.entries.post_many(records(handle.clock.wall_unix_ns() // NS_PER_MS))
     document = _document(report, records(0)) | {
         "posted": sum(entry.posted_records for entry in entries),
         "duplicates": sum(len(entry.duplicates) for entry in entries),
+        "differing": [key for entry in entries for key in getattr(entry, "differing", ())],
     }
     _print(document, report, form)
 
@@ -152,5 +157,7 @@ def _print(document: Document, report: SacctReport, form: str) -> None:
         print_line(
             f"posted {document['posted']} records, {document['duplicates']} were there already"
         )
+        for key in document["differing"]:
+            print_line(f"  {key}: posted before with other figures, which stand")
     else:
         print_line("dry run: nothing was posted")

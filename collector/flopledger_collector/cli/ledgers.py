@@ -91,10 +91,17 @@ def reads_ledger(command: Callable[..., R]) -> Callable[..., R]:
 def config_of(config_file: Path | None) -> CollectorConfig:
     """The configuration a posting command needs."""
     if config_file is None:
-        raise ConfigInvalid(
-            "--config", None, f"name the collector's configuration file, or set ${CONFIG_VARIABLE}"
-        )
+        raise click.UsageError(f"no ledger is named: give --config FILE or set {CONFIG_VARIABLE}")
     return load_config(config_file)
+
+
+def rules_of(config: CollectorConfig) -> Rules:
+    """The packaged rules and those of the configured directories."""
+    return load_rules(
+        config.policies.adopted,
+        policy_directory=config.policies.path,
+        instrument_directory=config.instruments.path,
+    )
 
 
 @contextmanager
@@ -117,11 +124,11 @@ def reading(source: Source) -> Iterator[ReadLedger]:
         config = load_config(source.config_file)
         url = config.database_url
     else:
-        raise ConfigInvalid(
-            "--config", None, f"name a ledger by --config, --database or ${CONFIG_VARIABLE}"
+        raise click.UsageError(
+            f"no ledger is named: give --config FILE, --database FILE or set {CONFIG_VARIABLE}"
         )
     _require_file(url)
-    rules = load_rules(config.policies.adopted)
+    rules = rules_of(config)
     clock, database = clock_of(config), SqliteDatabase(url)
     try:
         ledger = _ledger(database, url, clock)

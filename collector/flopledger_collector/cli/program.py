@@ -2,18 +2,39 @@
 
 from __future__ import annotations
 
+import os
+import re
 import sys
 from collections.abc import Sequence
+from datetime import UTC, datetime
 from typing import Any, Final, NoReturn
 
 import click
 
 from flopledger_core import __version__
-from flopledger_core.errors import FlopLedgerError
+from flopledger_core.errors import FlopLedgerError, InvalidInput, shown
+from flopledger_core.units import MS_PER_SECOND
 
 EXIT_FINDING: Final = 1
 EXIT_MISUSE: Final = 2
 EXIT_INTERRUPTED: Final = 130  # 128 + SIGINT, as shells expect
+TRACEBACK_VARIABLE: Final = "FLOPLEDGER_TRACEBACK"
+COMPLAINT_MAX: Final = 200  # characters of an unexpected error that help a person
+
+# Field of a record or of a function -> what a person typed for it.
+OPTIONS: Final[dict[str, str]] = {
+    "accelerator": "--accelerator", "author": "--author", "cluster": "--cluster",
+    "currency": "--currency", "end_unix_ms": "--to", "entity": "--entity",
+    "evidence": "--evidence", "flop": "--flop-bounds", "gpu_hours": "--gpu-hours",
+    "limit": "the limit", "method": "--method", "model": "--model", "name": "--name",
+    "parameters": "--parameters", "passes": "--passes", "policy": "--policy",
+    "precision": "--precision", "run": "--run", "start_unix_ms": "--from", "time_zone":
+    "--time-zone", "title": "--title", "tokens": "--tokens", "utilization": "--utilization",
+    "peak_flop_per_second": "--peak-flop-per-second", "utilization_source": "--utilization-source",
+}  # fmt: skip
+DAYS: Final = frozenset({"start_unix_ms", "end_unix_ms"})
+_RECORD_FIELD: Final = re.compile(r"^(?P<complaint>.*) - at `\$\.(?P<field>[a-z_]+)`$")
+_LENGTH: Final = re.compile(r"^Expected `str` of length (?P<sign>[<>]=) (?P<length>\d+)$")
 
 
 class Program(click.Group):
@@ -43,6 +64,9 @@ class Program(click.Group):
         except click.ClickException as error:
             _say(error.format_message())
             code = EXIT_MISUSE
+        except InvalidInput as error:
+            _say(as_typed(error))
+            code = EXIT_MISUSE
         except FlopLedgerError as error:
             _say(str(error))
             code = EXIT_MISUSE
@@ -54,7 +78,36 @@ class Program(click.Group):
             code = EXIT_MISUSE
         except (click.Abort, KeyboardInterrupt):
             code = EXIT_INTERRUPTED
+        except Exception as error:
+            if os.environ.get(TRACEBACK_VARIABLE):
+                raise
+            _say(
+                f"failed unexpectedly ({type(error).__name__}: {str(error)[:COMPLAINT_MAX]}); "
+                f"this is a bug: report it with what ${TRACEBACK_VARIABLE}=1 shows"
+            )
+            code = EXIT_MISUSE
         sys.exit(code if isinstance(code, int) else 0)
+
+
+def as_typed(error: InvalidInput) -> str:
+    """The error's sentence with the option that a person typed, where there is one."""
+    found = _RECORD_FIELD.match(str(error.value))
+    if found is not None and found["field"] in OPTIONS:
+        option = OPTIONS[found["field"]]
+        length = _LENGTH.match(found["complaint"])
+        if length is None:
+            return f"{option} is not acceptable: {found['complaint']}; correct it"
+        if length["sign"] == ">=":
+            return f"{option} is empty: give a text, or leave the option out"
+        return f"{option} is too long: give at most {length['length']} characters"
+    if error.field not in OPTIONS:
+        return str(error)
+    if error.value is None:
+        return f"{OPTIONS[error.field]} is missing: {error.remedy}"
+    value = shown(error.value)
+    if error.field in DAYS and isinstance(error.value, int):
+        value = datetime.fromtimestamp(error.value // MS_PER_SECOND, tz=UTC).date().isoformat()
+    return f"{OPTIONS[error.field]} is {value}: {error.remedy}"
 
 
 def _say(sentence: str) -> None:

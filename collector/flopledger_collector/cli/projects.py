@@ -17,7 +17,8 @@ from flopledger_collector.cli.ledgers import (
 )
 from flopledger_collector.cli.output import format_option, print_json, print_line, print_table
 from flopledger_collector.reports import figures, json_form
-from flopledger_collector.status import energy_of, gpu_time_of, require_project, said
+from flopledger_collector.silence import opened_job, said
+from flopledger_collector.status import energy_of, gpu_time_of, require_project
 from flopledger_core.identity import require_id
 from flopledger_core.records import ProjectOpened
 from flopledger_core.units import NS_PER_MS
@@ -68,7 +69,7 @@ def create(
 @format_option("table", "json")
 @reads_ledger
 def list_projects(form: str, source: Source) -> None:
-    """List every project, also those that only usage names.
+    """List every project, also those that nobody opened.
 
     Example: flopledger project list
     """
@@ -146,7 +147,7 @@ def list_jobs(project_id: str, form: str, source: Source) -> None:
     """
     with reading(source) as opened:
         require_project(opened.ledger, project_id)
-        lines = opened.ledger.jobs(project_id)
+        lines = tuple(opened_job(line) for line in opened.ledger.jobs(project_id))
     if form == "json":
         print_json({"jobs": [json_form.line_document(line) for line in lines]})
         return

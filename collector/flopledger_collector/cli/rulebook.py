@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import click
 import msgspec
 
+from flopledger_collector.cli.ledgers import config_option, rules_of
 from flopledger_collector.cli.output import format_option, print_json, print_line, print_table
+from flopledger_collector.config import load_config
 from flopledger_collector.policies.rulefiles import READ_STATUSES, Source
 from flopledger_collector.reports import figures, json_form
-from flopledger_collector.status import load_rules
+from flopledger_collector.status import Rules, load_rules
 from flopledger_core.units import scientific
 
 
@@ -19,12 +23,13 @@ def policies() -> None:
 
 @policies.command("list")
 @format_option("table", "json")
-def list_policies(form: str) -> None:
+@config_option
+def list_policies(form: str, config_file: Path | None) -> None:
     """List the policies this version knows.
 
     Example: flopledger policies list
     """
-    rules = load_rules()
+    rules = _rules(config_file)
     if form == "json":
         print_json({"policies": [_document(one) for one in rules.policies.values()]})
         return
@@ -40,12 +45,13 @@ def list_policies(form: str) -> None:
 @policies.command("show")
 @click.argument("policy_id", metavar="POLICY")
 @format_option("table", "json")
-def show_policy(policy_id: str, form: str) -> None:
+@config_option
+def show_policy(policy_id: str, form: str, config_file: Path | None) -> None:
     """Show what POLICY makes of every activity, and where that stands.
 
     Example: flopledger policies show ec-cumulative
     """
-    found = load_rules().policy(policy_id)
+    found = _rules(config_file).policy(policy_id)
     if form == "json":
         print_json(_document(found))
         return
@@ -69,12 +75,13 @@ def instruments() -> None:
 
 @instruments.command("list")
 @format_option("table", "json")
-def list_instruments(form: str) -> None:
+@config_option
+def list_instruments(form: str, config_file: Path | None) -> None:
     """List the instruments this version knows.
 
     Example: flopledger instruments list
     """
-    rules = load_rules()
+    rules = _rules(config_file)
     if form == "json":
         print_json({"instruments": [_document(one) for one in rules.instruments.values()]})
         return
@@ -96,12 +103,13 @@ def list_instruments(form: str) -> None:
 @instruments.command("show")
 @click.argument("instrument_id", metavar="INSTRUMENT")
 @format_option("table", "json")
-def show_instrument(instrument_id: str, form: str) -> None:
+@config_option
+def show_instrument(instrument_id: str, form: str, config_file: Path | None) -> None:
     """Show INSTRUMENT: its threshold, the facts it asks for, what it triggers, its source.
 
     Example: flopledger instruments show eu-aia-51-2
     """
-    found = load_rules().instrument(instrument_id)
+    found = _rules(config_file).instrument(instrument_id)
     if form == "json":
         print_json(_document(found))
         return
@@ -119,6 +127,11 @@ def show_instrument(instrument_id: str, form: str) -> None:
     ]
     print_table(("Field", "Value"), rows, title=f"{found.title} ({found.version})")
     _print_source(found.source)
+
+
+def _rules(config_file: Path | None) -> Rules:
+    """The rules of a configuration; without one the packaged ones and the default adoption."""
+    return load_rules() if config_file is None else rules_of(load_config(config_file))
 
 
 def _document(rule: msgspec.Struct) -> json_form.Document:

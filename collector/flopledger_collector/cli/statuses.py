@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import textwrap
+from typing import TYPE_CHECKING, Final
 
 import click
 
@@ -26,6 +27,9 @@ if TYPE_CHECKING:
     from flopledger_collector.instruments.comparison import Ratio
     from flopledger_collector.ledger.position import Position
     from flopledger_collector.status import LedgerStatus, ProjectStatus
+
+
+REASON_COLUMNS: Final = 78  # a table's width less the indent
 
 
 @click.command()
@@ -83,7 +87,7 @@ def _print_ledger(found: LedgerStatus) -> None:
 
 def _print_project(one: ProjectStatus) -> None:
     info, usage = one.info, one.usage
-    opened = "" if info.opened else " (not opened: only usage names it)"
+    opened = "" if info.opened else " (not opened by anybody)"
     titles = ("Threshold", "Used", "Limit", "Share", "Verdict")
     rows: list[tuple[str | Text, ...]] = [
         (
@@ -128,7 +132,8 @@ def _print_project(one: ProjectStatus) -> None:
             f"  of unknown owner, in the high bounds: {figures.flop(one.shared.work.flop)} FLOP"
         )
     for reason in one.reasons:
-        print_line(f"  {reason}")
+        for part in textwrap.wrap(figures.one_line(reason), REASON_COLUMNS):
+            print_line(f"  {part}")
     print_gap()
 
 

@@ -175,6 +175,7 @@ def opening_entries(at_ms: int) -> tuple[PersonRecord, ...]:
             project="birch", model=None, run=None, activity="pretrain",
             start_unix_ms=at_ms - 365 * MS_PER_DAY, end_unix_ms=at_ms,
             flop_low=low, flop_central=central, flop_high=high, flop_basis="executed",
+            integer_operations="0",
             energy_mj=None, gpu_time_ms=None, cost_cents=None, currency=None,
             method="opening balance: an invented figure for this demonstration",
             evidence=None, at_unix_ms=at_ms, author=AUTHOR,

@@ -26,7 +26,7 @@ ProjectFrom = Literal["account", "comment"]
 class HoursTerms(msgspec.Struct, frozen=True, kw_only=True):
     """What the person who imports knows and the scheduler does not."""
 
-    cluster: str
+    cluster: str  # of jobs whose line names none
     accelerator: str | None  # a key of the hardware table
     precision: Precision | None
     utilization_per_mille: int | None
@@ -44,9 +44,10 @@ def hours_of(report: SacctReport, terms: HoursTerms) -> tuple[ImportedHours, ...
 
 def _record(job: SacctJob, terms: HoursTerms) -> ImportedHours:
     elapsed_ms = job.elapsed_seconds * MS_PER_SECOND
+    cluster = job.cluster or terms.cluster
     return ImportedHours(
-        import_key=f"{terms.cluster}/{job.job_id}/{job.start_unix_ms}",
-        cluster=terms.cluster,
+        import_key=f"{cluster}/{job.job_id}/{job.start_unix_ms}",
+        cluster=cluster,
         owner=_owner(job, terms.project_from),
         accelerator=terms.accelerator,
         gpus=job.gpus,

@@ -54,6 +54,7 @@ class SacctJob(msgspec.Struct, frozen=True, kw_only=True):
 
     line: int
     job_id: str
+    cluster: str | None = None  # of the Cluster column, where there is one
     user: str | None
     account: str | None
     partition: str | None
@@ -266,9 +267,11 @@ def _read_row(number: int, row: Mapping[str, str], zone: ZoneInfo) -> _Found:
     span = read_span(start, end, elapsed, zone, running=not over)
     nodes = present(row.get("nnodes", ""))
     comment = present(row.get("comment", ""))
+    cluster = present(row.get("cluster", ""))
     job = SacctJob(
         line=number,
         job_id=job_id,
+        cluster=cluster,
         user=present(row.get("user", "")),
         account=present(row.get("account", "")),
         partition=present(row.get("partition", "")),
@@ -284,7 +287,7 @@ def _read_row(number: int, row: Mapping[str, str], zone: ZoneInfo) -> _Found:
         proposal=read_tag(comment),
         flags=(*span.flags, *allocation.flags),
     )
-    return _Found(job=job, cluster=row.get("cluster", ""))
+    return _Found(job=job, cluster=cluster or "")
 
 
 def _report(found: Iterator[_Found], time_zone: str) -> SacctReport:

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 import msgspec
 
-from flopledger_collector.journal import disputed_indexes
+from flopledger_collector.journal import AuditEntry, disputed_indexes, excluded_indexes
 from flopledger_collector.ledger.position import Head
+from flopledger_core.errors import FlopLedgerError
 from flopledger_core.flop import basis
 from flopledger_core.records import (
     BudgetSet,
@@ -118,11 +119,21 @@ class UnfoldedEntry(msgspec.Struct, frozen=True, kw_only=True):
     batch_hash: str
     content: bytes
     findings: str
+    received_unix_ms: int = 0
+
+
+class TakenEntry(msgspec.Struct, frozen=True, kw_only=True):
+    """A journal entry as the fold read it; empty where it could not."""
+
+    boot_id: str = ""
+    records: tuple[Record, ...] = ()
+    findings: tuple[Finding, ...] = ()
 
 
 class FoldedHeader(msgspec.Struct, frozen=True, kw_only=True):
     """What folding needs of a header; the rest is skipped."""
 
+    boot_id: str
     simulated: bool
     window_end_unix_ms: int
 
@@ -149,28 +160,51 @@ class Delta:
         self._named: dict[str, ProjectDelta] = {}  # by entries of people; usage names more
         self.budgets: list[PostedRecord] = []
         self.declarations: list[PostedRecord] = []
+        self.audits: list[AuditEntry] = []  # entries that count less than they say
 
-    def take(self, entry: UnfoldedEntry) -> tuple[Record, ...]:
-        """Add one journal entry; entries of a stream come in order. Returns its records."""
-        lines = entry.content.split(b"\n")
-        header = _header_decoder.decode(lines[0])
-        records = tuple(_leaf_decoder.decode(line).record for line in lines[2:-1])
-        disputed: frozenset[int] = frozenset()
-        if entry.findings != "[]":
-            found = _findings_decoder.decode(entry.findings)
-            disputed = disputed_indexes(found, len(records))
-        for index, record in enumerate(records):
-            if isinstance(record, (UsageRecord, GapRecord, ImportedHours, Declaration)):
-                self._add_amounts(record, index in disputed, header.simulated)
-            if index not in disputed:
-                rank = _rank(header.window_end_unix_ms, entry, index)
-                self._add_posted(record, rank)
+    def take(self, entry: UnfoldedEntry) -> TakenEntry:
+        """Add one journal entry; entries of a stream come in order. Returns what it read.
+
+        An entry that cannot be read or summed never stops the fold: it is covered with none of
+        its amounts, and noted.
+        """
         self.entries += 1
         self.from_sequences.setdefault(entry.stream_id, entry.sequence)
         self.heads[entry.stream_id] = Head(
             stream_id=entry.stream_id, sequence=entry.sequence, batch_hash=entry.batch_hash
         )
-        return records
+        try:
+            header, taken = _read(entry)
+            sums = [basis(record) for record in taken.records]
+        except (msgspec.MsgspecError, FlopLedgerError, ArithmeticError, ValueError) as error:
+            self._note(entry, "unfoldable", f"counted with no amounts: {error}")
+            return TakenEntry()
+        disputed = disputed_indexes(taken.findings, len(sums))
+        excluded = excluded_indexes(taken.findings)
+        if excluded:
+            message = f"{len(excluded)} records that this author may not write count nowhere"
+            self._note(entry, "wrong_author", message)
+        for index, record in enumerate(taken.records):
+            if index in excluded:
+                continue
+            if isinstance(record, (UsageRecord, GapRecord, ImportedHours, Declaration)):
+                self._add_amounts(record, sums[index], index in disputed, header.simulated)
+            if index not in disputed:
+                rank = _rank(header.window_end_unix_ms, entry, index)
+                self._add_posted(record, rank)
+        return taken
+
+    def _note(self, entry: UnfoldedEntry, code: str, message: str) -> None:
+        self.audits.append(
+            AuditEntry(
+                at_unix_ms=entry.received_unix_ms,
+                code=code,
+                stream_id=entry.stream_id,
+                sequence=entry.sequence,
+                batch_hash=entry.batch_hash,
+                message=message,
+            )
+        )
 
     def projects(self) -> dict[str, ProjectDelta]:
         """Every project these entries name, with when its usage was seen."""
@@ -187,6 +221,7 @@ class Delta:
     def _add_amounts(
         self,
         record: UsageRecord | GapRecord | ImportedHours | Declaration,
+        sums: dict[str, int],
         disputed: bool,  # noqa: FBT001
         simulated: bool,  # noqa: FBT001
     ) -> None:
@@ -195,7 +230,7 @@ class Delta:
         group = self.groups.get(key)
         if group is None:
             group = self.groups[key] = GroupDelta(start, end)
-        group.add(basis(record), start, end)
+        group.add(sums, start, end)
 
     def _add_posted(self, record: Record, rank: str) -> None:
         if isinstance(record, ProjectOpened):
@@ -249,6 +284,17 @@ def delta_of(entries: Iterable[UnfoldedEntry]) -> Delta:
     for entry in entries:
         delta.take(entry)
     return delta
+
+
+def _read(entry: UnfoldedEntry) -> tuple[FoldedHeader, TakenEntry]:
+    lines = entry.content.split(b"\n")
+    header = _header_decoder.decode(lines[0])
+    taken = TakenEntry(
+        boot_id=header.boot_id,
+        records=tuple(_leaf_decoder.decode(line).record for line in lines[2:-1]),
+        findings=() if entry.findings == "[]" else _findings_decoder.decode(entry.findings),
+    )
+    return header, taken
 
 
 def _rank(posted_unix_ms: int, entry: UnfoldedEntry, index: int) -> str:

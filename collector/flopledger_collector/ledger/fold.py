@@ -10,6 +10,7 @@ from __future__ import annotations
 import threading
 from typing import TYPE_CHECKING, Final
 
+from flopledger_collector.journal import Changes
 from flopledger_collector.ledger.delta import delta_of
 
 if TYPE_CHECKING:
@@ -71,4 +72,7 @@ class Folder:
             return 0
         delta = delta_of(entries)
         with self._database.writing() as writing:
-            return delta.entries if writing.projections.add(delta) else None
+            if not writing.projections.add(delta):
+                return None
+            writing.journal.write(Changes(audits=delta.audits))
+            return delta.entries

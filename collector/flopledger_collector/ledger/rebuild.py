@@ -9,24 +9,29 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import msgspec
-
-from flopledger_collector.journal import DeviceLease, spans, unquestioned_spans
+from flopledger_collector.journal import (
+    Changes,
+    DeviceLease,
+    Reaches,
+    boot_spans,
+    excluded_indexes,
+    spans,
+    unquestioned,
+)
 from flopledger_collector.ledger.delta import Delta
 from flopledger_collector.ledger.fold import CHUNK_ENTRIES_MAX
 from flopledger_core.records import ImportedHours
-from flopledger_core.validation import Finding
 
 if TYPE_CHECKING:
-    from flopledger_collector.ledger.delta import UnfoldedEntry
+    from flopledger_collector.ledger.delta import TakenEntry, UnfoldedEntry
     from flopledger_collector.store.interface import Database
-    from flopledger_core.records import Record
 
 
 def rebuild(database: Database) -> int:
     """Make every projection again; the number of journal entries folded."""
     folded = 0
     leases: dict[tuple[str, str], DeviceLease] = {}
+    reaches = Reaches()
     with database.writing() as writing:
         writing.projections.clear()
         while True:
@@ -34,32 +39,36 @@ def rebuild(database: Database) -> int:
             delta = Delta()
             imports: list[tuple[str, str, int, int]] = []
             for entry in entries:
-                records = delta.take(entry)
-                imports += _imports(entry, records)
-                _widen(leases, entry, records)
+                taken = delta.take(entry)
+                imports += _imports(entry, taken)
+                _widen(leases, entry, taken)
+                claimed = boot_spans(taken.records)
+                reaches.take(entry.stream_id, taken.boot_id, claimed, taken.findings)
             if entries:
                 assert writing.projections.add(delta), "nobody else folds inside this transaction"
                 writing.journal.write_import_keys(imports)
+                writing.journal.write(Changes(audits=delta.audits))
             folded += len(entries)
             if len(entries) < CHUNK_ENTRIES_MAX:
                 break
         writing.journal.write_leases([leases[place] for place in sorted(leases)])
+        writing.journal.write(Changes(reaches=reaches.moved()))
     return folded
 
 
-def _imports(entry: UnfoldedEntry, records: tuple[Record, ...]) -> list[tuple[str, str, int, int]]:
+def _imports(entry: UnfoldedEntry, taken: TakenEntry) -> list[tuple[str, str, int, int]]:
+    excluded = excluded_indexes(taken.findings)
     return [
         (record.import_key, entry.stream_id, entry.sequence, index)
-        for index, record in enumerate(records)
-        if isinstance(record, ImportedHours)
+        for index, record in enumerate(taken.records)
+        if isinstance(record, ImportedHours) and index not in excluded
     ]
 
 
 def _widen(
-    leases: dict[tuple[str, str], DeviceLease], entry: UnfoldedEntry, records: tuple[Record, ...]
+    leases: dict[tuple[str, str], DeviceLease], entry: UnfoldedEntry, taken: TakenEntry
 ) -> None:
-    findings = msgspec.json.decode(entry.findings, type=tuple[Finding, ...])
-    for span in unquestioned_spans(spans(records), findings):
+    for span in unquestioned(spans(taken.records), taken.findings):
         place = (span.device_key, entry.stream_id)
         lease = leases.get(place) or DeviceLease(
             device_key=span.device_key,

@@ -254,6 +254,7 @@ def statement_document(statement: Statement) -> Document:
         "budgets": [budget_document(found) for found in statement.budgets],
         "items": [_item_document(item) for item in statement.items],
         "declarations": [_declaration_document(found) for found in statement.declarations],
+        "overlapping": list(statement.overlapping),
         "gap_items": [item.number for item in statement.gaps],
         "disputed_items": [item.number for item in statement.disputed],
         "reasons": list(statement.reasons),

@@ -17,7 +17,8 @@ from flopledger_collector.reports.statement import (
     Statement,
     precision_of,
 )
-from flopledger_collector.status import integer_operations, said
+from flopledger_collector.silence import said
+from flopledger_collector.status import integer_operations
 from flopledger_core.units import decimal_text, gpu_hours, kilowatt_hours, scientific
 
 if TYPE_CHECKING:
@@ -74,7 +75,7 @@ def _header(statement: Statement) -> Iterator[str]:
         yield ""
     if not info.opened:
         yield (
-            "> **Not opened.** Usage names this project, but nobody opened it with "
+            "> **Not opened.** The ledger names this project, but nobody opened it with "
             "`flopledger project create`."
         )
         yield ""
@@ -99,6 +100,10 @@ def _header(statement: Statement) -> Iterator[str]:
             ("Generated", figures.instant(statement.generated_unix_ms)),
         ),
     )
+    if statement.overlapping:
+        yield "Partly in the period:"
+        yield ""
+        yield from _bullets(text(sentence) for sentence in statement.overlapping)
 
 
 def period_text(period: Period) -> str:

@@ -125,6 +125,7 @@ class Statement(msgspec.Struct, frozen=True, kw_only=True):
     budgets: tuple[BudgetEvaluation, ...]  # the same
     items: tuple[LineItem, ...]
     declarations: tuple[Declaration, ...]  # that overlap the period
+    overlapping: tuple[str, ...]  # work that is partly in the period and counted on another day
     reasons: tuple[str, ...]
     provenance: tuple[str, ...]  # where the inputs came from, as the operator says
 
@@ -187,6 +188,7 @@ def build_statement(  # noqa: PLR0913 - everything a statement depends on is nam
         budgets=status.budgets,
         items=_items(accounts.totals.lines),
         declarations=_declarations(reader, project, period),
+        overlapping=_overlapping(reader.declarations(project), lifetime.totals.lines, period),
         reasons=reasons_of(accounts.totals.lines, usage, shared),
         provenance=provenance,
     )
@@ -244,6 +246,33 @@ def method_of(line: Line) -> str:
 def precision_of(line: Line) -> str:
     """The precision of a line and where it comes from."""
     return f"{line.precision or 'unknown'} ({line.precision_origin})" if line.precision else "-"
+
+
+def _overlapping(
+    declarations: Iterable[Declaration], lines: Iterable[Line], period: Period
+) -> tuple[str, ...]:
+    """Work that crosses an end of the period, each with what is done about it.
+
+    Meters write a record a minute; declarations and imported jobs last longer, and each is
+    counted whole on the day it begins. Imported hours are kept in groups, so a group is named.
+    """
+    spans = [
+        (f"declaration of {one.activity} work ({one.method})", one.start_unix_ms, one.end_unix_ms)
+        for one in declarations
+    ]
+    spans += [
+        (f"imported hours of {line.activity} work", line.first_unix_ms, line.last_unix_ms)
+        for line in lines
+        if line.tier == "gpu_hours"
+    ]
+    start, end = period.start_unix_ms, period.end_unix_ms
+    found: list[str] = []
+    for name, first, last in spans:
+        if start is not None and first < start < last:
+            found.append(f"{name}: begins before the period; counted on its first day")
+        if end is not None and first < end < last and (start is None or first >= start):
+            found.append(f"{name}: ends after the period; counted whole on its first day")
+    return tuple(dict.fromkeys(found))
 
 
 def _declarations(reader: Reader, project: str, period: Period) -> tuple[Declaration, ...]:

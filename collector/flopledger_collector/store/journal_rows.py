@@ -15,6 +15,7 @@ from flopledger_collector.journal import (
     AuditEntry,
     Changes,
     DeviceLease,
+    DeviceReach,
     JournalEntry,
     KeyEntry,
     LedgerIdentity,
@@ -40,6 +41,8 @@ class JournalRows:
         self._streams_known: dict[str, bool] = {}
         self._leases_asked: set[str] = set()
         self._leases_known: set[tuple[str, str]] = set()
+        self._reaches_asked: set[tuple[str, str]] = set()  # stream and boot
+        self._reaches_known: set[tuple[str, str, str]] = set()
 
     # --- what admission asks ---
 
@@ -76,12 +79,27 @@ class JournalRows:
         self._leases_known.update((lease.device_key, lease.stream_id) for lease in found)
         return found
 
+    def reaches(self, stream_ids: Iterable[str], boot_ids: Iterable[str]) -> list[DeviceReach]:
+        """How far these streams have come in these boots, by device."""
+        streams, boots = set(stream_ids), sorted(set(boot_ids))
+        found: list[DeviceReach] = []
+        for start in range(0, len(boots), ROWS_PER_SELECT):
+            part = boots[start : start + ROWS_PER_SELECT]
+            found += [
+                DeviceReach(stream_id=row[0], device_key=row[1], boot_id=row[2], end_boot_ms=row[3])
+                for row in self._select(_REACHES, streams, boots=part)
+            ]
+        self._reaches_asked.update((stream, boot) for stream in streams for boot in boots)
+        self._reaches_known.update(_reach_place(reach) for reach in found)
+        return found
+
     def write(self, changes: Changes) -> None:
         """Write all of it, or raise and leave the transaction to be rolled back."""
         self._insert(schema.journal, [_journal_row(entry) for entry in changes.entries])
         self._write_streams(changes.streams)
         self._insert(schema.agent_key, [msgspec.structs.asdict(key) for key in changes.keys])
         self.write_leases(changes.leases)
+        self._write_reaches(changes.reaches)
         self._write_audits(changes.audits)
 
     # --- what the composition and people's entries ask ---
@@ -135,9 +153,15 @@ class JournalRows:
                 {"b_scope": scope, "b_stream_id": stream_id},
             )
 
-    def import_places(self, import_keys: Iterable[str]) -> dict[str, tuple[str, int]]:
-        """Where scheduler records were posted: import key to (stream id, sequence)."""
-        return {row[0]: (row[1], row[2]) for row in self._select(_IMPORTS, import_keys)}
+    def import_places(self, import_keys: Iterable[str]) -> dict[str, tuple[str, int, int]]:
+        """Where scheduler records were posted: key to (stream id, sequence, record index)."""
+        return {row[0]: (row[1], row[2], row[3]) for row in self._select(_IMPORTS, import_keys)}
+
+    def content(self, stream_id: str, sequence: int) -> bytes | None:
+        """The batch journaled at a place, verbatim; None where nothing is."""
+        place = {"stream_id": stream_id, "sequence": sequence}
+        found = self._connection.execute(_CONTENT, place).scalar()
+        return None if found is None else bytes(found)
 
     def write_import_keys(self, rows: Sequence[tuple[str, str, int, int]]) -> None:
         """Remember posted imports: (key, stream id, sequence, record index)."""
@@ -181,6 +205,23 @@ class JournalRows:
         if moved:
             self._connection.execute(_MOVE_STREAM, moved)
 
+    def _write_reaches(self, reaches: Sequence[DeviceReach]) -> None:
+        unasked = [r for r in reaches if (r.stream_id, r.boot_id) not in self._reaches_asked]
+        if unasked:
+            self.reaches({r.stream_id for r in unasked}, {r.boot_id for r in unasked})
+        fresh: list[dict[str, Any]] = []
+        moved: list[dict[str, Any]] = []
+        for reach in reaches:
+            row = msgspec.structs.asdict(reach)
+            if _reach_place(reach) in self._reaches_known:
+                moved.append(_bound(row))
+            else:
+                fresh.append(row)
+                self._reaches_known.add(_reach_place(reach))
+        self._insert(schema.device_reach, fresh)
+        if moved:
+            self._connection.execute(_MOVE_REACH, moved)
+
     def _write_audits(self, audits: Sequence[AuditEntry]) -> None:
         if not audits:
             return
@@ -205,11 +246,16 @@ class JournalRows:
         if rows:
             self._connection.execute(_INSERTS[table.name], rows)
 
-    def _select(self, statement: Any, ids: Iterable[str]) -> Iterator[Any]:  # noqa: ANN401
+    def _select(
+        self,
+        statement: Any,  # noqa: ANN401 (a SQLAlchemy select)
+        ids: Iterable[str],
+        **more: Any,  # noqa: ANN401 (its other parameters)
+    ) -> Iterator[Any]:
         wanted = sorted(set(ids))
         for start in range(0, len(wanted), ROWS_PER_SELECT):
             part = wanted[start : start + ROWS_PER_SELECT]
-            yield from self._connection.execute(statement, {"ids": part})
+            yield from self._connection.execute(statement, {"ids": part, **more})
 
 
 _IDS: Final[BindParameter[Any]] = bindparam("ids", expanding=True)
@@ -218,8 +264,27 @@ _INSERTS: Final = {table.name: insert(table) for table in schema.METADATA.tables
 _STREAMS: Final = select(schema.stream).where(schema.stream.c.stream_id.in_(_IDS))
 _KEYS: Final = select(schema.agent_key).where(schema.agent_key.c.fingerprint.in_(_IDS))
 _LEASES: Final = select(schema.device_lease).where(schema.device_lease.c.device_key.in_(_IDS))
+_REACHES: Final = select(schema.device_reach).where(
+    schema.device_reach.c.stream_id.in_(_IDS),
+    schema.device_reach.c.boot_id.in_(bindparam("boots", expanding=True)),
+)
+_MOVE_REACH: Final = (
+    update(schema.device_reach)
+    .where(
+        schema.device_reach.c.stream_id == bindparam("b_stream_id"),
+        schema.device_reach.c.device_key == bindparam("b_device_key"),
+        schema.device_reach.c.boot_id == bindparam("b_boot_id"),
+    )
+    .values(end_boot_ms=bindparam("b_end_boot_ms"))
+)
 _IMPORTS: Final = select(schema.import_key).where(schema.import_key.c.import_key.in_(_IDS))
 _BATCH_HASH: Final = select(schema.journal.c.batch_hash).where(
+    and_(
+        schema.journal.c.stream_id == bindparam("stream_id"),
+        schema.journal.c.sequence == bindparam("sequence"),
+    )
+)
+_CONTENT: Final = select(schema.journal.c.content).where(
     and_(
         schema.journal.c.stream_id == bindparam("stream_id"),
         schema.journal.c.sequence == bindparam("sequence"),
@@ -244,6 +309,10 @@ _MOVE_LEASE: Final = (
         last_end_unix_ms=bindparam("b_last_end_unix_ms"),
     )
 )
+
+
+def _reach_place(reach: DeviceReach) -> tuple[str, str, str]:
+    return reach.stream_id, reach.device_key, reach.boot_id
 
 
 def _stream_state(row: Sequence[Any]) -> StreamState:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from flopledger_collector.ledger.delta import Delta, PostedRecord
 
 NOTHING_FOLDED: Final = -1
+CARRIED: Final = "*1e30"  # ends the name of a row that holds what another row's limbs could not
 
 
 def unfolded(connection: Connection, entries_max: int) -> list[UnfoldedEntry]:
@@ -36,6 +37,7 @@ def unfolded(connection: Connection, entries_max: int) -> list[UnfoldedEntry]:
             journal.batch_hash,
             journal.content,
             journal.findings,
+            journal.received_unix_ms,
         )
         .select_from(
             schema.stream.outerjoin(schema.fold_head, head.stream_id == stream.stream_id).join(
@@ -49,10 +51,27 @@ def unfolded(connection: Connection, entries_max: int) -> list[UnfoldedEntry]:
     )
     return [
         UnfoldedEntry(
-            stream_id=row[0], sequence=row[1], batch_hash=row[2], content=row[3], findings=row[4]
+            stream_id=row[0],
+            sequence=row[1],
+            batch_hash=row[2],
+            content=row[3],
+            findings=row[4],
+            received_unix_ms=row[5],
         )
         for row in connection.execute(statement)
     ]
+
+
+def carried(quantity: str) -> tuple[str, int]:
+    """A stored quantity's own name, and what one unit of its limbs stands for."""
+    if quantity.endswith(CARRIED):
+        return quantity.removesuffix(CARRIED), exact.CARRY
+    return quantity, 1
+
+
+def _limbs(group_id: str, quantity: str, amount: int) -> dict[str, Any]:
+    high, low = exact.split(amount)
+    return {"group_id": group_id, "quantity": quantity, "high": high, "low": low}
 
 
 class ProjectionRows:
@@ -113,16 +132,23 @@ class ProjectionRows:
                 row["last_unix_ms"] = max(row["last_unix_ms"], before["last_unix_ms"])
             rows.append(row)
         self._write(schema.rollup_group, ("group_id",), rows, {(name,) for name in known})
-        sums = {
-            (row["group_id"], row["quantity"]): exact.join(row["high"], row["low"])
-            for row in self._select(_SUMS, known)
-        }
+        sums: dict[tuple[str, str], int] = {}
+        stored: set[tuple[str, ...]] = set()
+        for row in self._select(_SUMS, known):
+            stored.add((row["group_id"], row["quantity"]))
+            name, unit = carried(row["quantity"])
+            amount = exact.join(row["high"], row["low"]) * unit
+            place = (row["group_id"], name)
+            sums[place] = sums.get(place, 0) + amount
         limbs: list[dict[str, Any]] = []
         for group_id, (_, group) in groups.items():
             for quantity, amount in group.sums.items():
-                high, low = exact.split(amount + sums.get((group_id, quantity), 0))
-                limbs.append({"group_id": group_id, "quantity": quantity, "high": high, "low": low})
-        self._write(schema.rollup, ("group_id", "quantity"), limbs, set(sums))
+                total = amount + sums.get((group_id, quantity), 0)
+                carries, rest = exact.split_off(total)
+                limbs.append(_limbs(group_id, quantity, rest))
+                if carries:
+                    limbs.append(_limbs(group_id, quantity + CARRIED, carries))
+        self._write(schema.rollup, ("group_id", "quantity"), limbs, stored)
 
     def _add_projects(self, delta: Delta) -> None:
         seen = delta.projects()

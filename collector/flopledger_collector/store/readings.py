@@ -12,12 +12,12 @@ from sqlalchemy import func, select
 
 from flopledger_collector.ledger.position import Head
 from flopledger_collector.store import schema
-from flopledger_collector.store.projection_rows import unfolded
+from flopledger_collector.store.projection_rows import CARRIED, carried, unfolded
 from flopledger_core import exact
 from flopledger_core.identity import RESERVED_PROJECTS, OwnerKind
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from sqlalchemy import Connection
 
@@ -60,6 +60,20 @@ class ProjectRow(msgspec.Struct, frozen=True, kw_only=True):
 _SUMMED_KEYS: Final = tuple(name for name in schema.GROUP_KEYS if name not in {"day", "job"})
 
 
+# The high limbs reach the end of 64 bits, so their sum is taken in two parts.
+_PART: Final = 10**9
+_LIMB_SUMS: Final = (
+    func.sum(schema.rollup.c.high // _PART),
+    func.sum(schema.rollup.c.high % _PART),
+    func.sum(schema.rollup.c.low),
+)
+
+
+def _joined(sums: Sequence[int]) -> int:
+    """The amount that the three sums of `_LIMB_SUMS` stand for."""
+    return exact.join(int(sums[0]) * _PART + int(sums[1]), int(sums[2]))
+
+
 class Reading:
     """One snapshot of the database."""
 
@@ -90,8 +104,7 @@ class Reading:
         sums = select(
             *columns,
             schema.rollup.c.quantity,
-            func.sum(schema.rollup.c.high),
-            func.sum(schema.rollup.c.low),
+            *_LIMB_SUMS,
         ).join_from(schema.rollup_group, schema.rollup, schema.rollup.c.group_id == group.group_id)
         found: dict[tuple[Any, ...], dict[str, int]] = {}
         width = len(names)
@@ -99,7 +112,9 @@ class Reading:
             sums.where(*conditions).group_by(*columns, schema.rollup.c.quantity)
         ):
             amounts = found.setdefault(tuple(row[:width]), {})
-            amounts[row[width]] = exact.join(int(row[width + 1]), int(row[width + 2]))
+            name, unit = carried(row[width])
+            amount = _joined(row[width + 1 :]) * unit
+            amounts[name] = amounts.get(name, 0) + amount
         return [
             _rollup_sum(names, row, found.get(tuple(row[:width]), {}))
             for row in self._connection.execute(
@@ -154,10 +169,12 @@ class Reading:
     def quantity(self, name: str) -> int:
         """The sum of one quantity over every account and standing."""
         rollup = schema.rollup.c
-        row = self._connection.execute(
-            select(func.sum(rollup.high), func.sum(rollup.low)).where(rollup.quantity == name)
-        ).one()
-        return exact.join(int(row[0] or 0), int(row[1] or 0))
+        rows = self._connection.execute(
+            select(rollup.quantity, *_LIMB_SUMS)
+            .where(rollup.quantity.in_((name, name + CARRIED)))
+            .group_by(rollup.quantity)
+        )
+        return sum(_joined(row[1:]) * carried(row[0])[1] for row in rows)
 
     def audit_counts(self) -> dict[str, int]:
         """Kept refusals and conflicts by code."""

@@ -118,6 +118,14 @@ device_lease = _table(
     _int("last_end_unix_ms"),
 )
 
+device_reach = _table(
+    "device_reach",
+    _text("stream_id", key=True),
+    _text("device_key", key=True),
+    _text("boot_id", key=True),
+    _int("end_boot_ms"),
+)
+
 fold_head = _table(
     "fold_head",
     _text("stream_id", key=True),
@@ -185,6 +193,7 @@ rollup = _table(
 )
 
 PROJECTIONS: Final = (
-    device_lease, fold_head, project, budget, declaration, import_key, rollup_group, rollup,
+    device_lease, device_reach, fold_head, project, budget, declaration, import_key, rollup_group,
+    rollup,
 )  # fmt: skip
 APPEND_ONLY: Final = (journal, audit)

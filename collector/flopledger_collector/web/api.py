@@ -10,13 +10,13 @@ from datetime import UTC, datetime
 from typing import Annotated, Any, Final
 from urllib.parse import unquote
 
-from litestar import Request, Response, get
+from litestar import HttpMethod, Request, Response, get, route
 from litestar.params import PathParameter, QueryParameter
 
 from flopledger_collector.exposition import CONTENT_TYPE
 from flopledger_collector.reports import json_form
 from flopledger_collector.reports.markdown import statement_markdown
-from flopledger_collector.reports.statement import Period
+from flopledger_collector.reports.statement import Period, Statement
 from flopledger_collector.web.surface import Surface
 from flopledger_core import __version__
 from flopledger_core.errors import InvalidInput, UnknownName
@@ -24,9 +24,22 @@ from flopledger_core.units import MS_PER_SECOND
 
 AnyRequest = Request[Any, Any, Any]
 ProjectId = Annotated[str, PathParameter(description="Project id, percent-encoded as one segment.")]
+Policies = Annotated[
+    list[str] | None,
+    QueryParameter(description="Policy ids; the adopted ones by default.", required=False),
+]
+FirstDay = Annotated[
+    str | None,
+    QueryParameter(name="from", description="First UTC day, YYYY-MM-DD.", required=False),
+]
+EndDay = Annotated[
+    str | None,
+    QueryParameter(name="to", description="First UTC day after it, YYYY-MM-DD.", required=False),
+]
 POLICIES_ASKED_MAX: Final = 32  # more than exist; a longer list is not a question
 MARKDOWN: Final = "text/markdown"  # the server adds the character set
 JSON: Final = "application/json"
+READ_METHODS: Final = (HttpMethod.GET, HttpMethod.HEAD)  # probes ask with HEAD
 FORMS: Final = ("json", "markdown")
 
 
@@ -82,7 +95,7 @@ def get_status(request: AnyRequest) -> Response[bytes]:
 
 @get("/v1/projects", sync_to_thread=True, summary="Every known project")
 def get_projects(request: AnyRequest) -> Response[bytes]:
-    """Opened projects, and those that only usage names."""
+    """Opened projects, and those that nobody opened."""
     projects = surface_of(request).handle.ledger.projects()
     return _json({"projects": [json_form.project_document(info) for info in projects]})
 
@@ -105,43 +118,48 @@ def get_statement(  # noqa: PLR0913, PLR0917 - each is a parameter of the query
     form: Annotated[
         str, QueryParameter(name="format", description="Written as json or markdown.")
     ] = "json",
-    policy: Annotated[
-        list[str] | None,
-        QueryParameter(description="Policy ids; the adopted ones by default.", required=False),
-    ] = None,
-    first_day: Annotated[
-        str | None,
-        QueryParameter(name="from", description="First UTC day, YYYY-MM-DD.", required=False),
-    ] = None,
-    end_day: Annotated[
-        str | None,
-        QueryParameter(
-            name="to", description="First UTC day after it, YYYY-MM-DD.", required=False
-        ),
-    ] = None,
+    policy: Policies = None,
+    first_day: FirstDay = None,
+    end_day: EndDay = None,
 ) -> Response[bytes]:
     """The statement as JSON or Markdown."""
     if form not in FORMS:
         raise UnknownName("format", form, f"use one of: {', '.join(FORMS)}")
+    statement = asked_statement(request, project_id, policy, first_day, end_day)
+    if form == "markdown":
+        return Response(statement_markdown(statement).encode(), media_type=MARKDOWN)
+    return _json(json_form.statement_document(statement))
+
+
+def asked_statement(
+    request: AnyRequest,
+    project_id: str,
+    policy: list[str] | None,
+    first_day: str | None,
+    end_day: str | None,
+) -> Statement:
+    """The statement that a query asks for; the page and the API read one query in one way."""
     policies = tuple(policy or ())
     if len(policies) > POLICIES_ASKED_MAX:
         raise InvalidInput("policy", len(policies), f"ask for at most {POLICIES_ASKED_MAX}")
     period = Period(
         start_unix_ms=day_unix_ms("from", first_day), end_unix_ms=day_unix_ms("to", end_day)
     )
-    statement = surface_of(request).statement(unquote(project_id), policies, period)
-    if form == "markdown":
-        return Response(statement_markdown(statement).encode(), media_type=MARKDOWN)
-    return _json(json_form.statement_document(statement))
+    return surface_of(request).statement(unquote(project_id), policies, period)
 
 
-@get("/metrics", sync_to_thread=True, summary="Prometheus page")
+@route("/metrics", http_method=READ_METHODS, sync_to_thread=True, summary="Prometheus page")
 def get_metrics(request: AnyRequest) -> Response[bytes]:
     """The ledger's folded state in Prometheus's text format."""
     return Response(surface_of(request).exposition.page(), media_type=CONTENT_TYPE)
 
 
-@get("/healthz", sync_to_thread=True, summary="Whether the collector can do its work")
+@route(
+    "/healthz",
+    http_method=READ_METHODS,
+    sync_to_thread=True,
+    summary="Whether the collector can do its work",
+)
 def get_health(request: AnyRequest) -> Response[bytes]:
     """200 while the database answers and folding goes well, else 503."""
     handle = surface_of(request).handle

@@ -77,8 +77,15 @@ async def _admit(surface: Surface, content: bytes, *, peer_is_loopback: bool) ->
 
 
 def peer_is_loopback(request: AnyRequest) -> bool:
-    """Whether the sender is this machine itself, with nothing in between."""
-    if any(name in request.headers for name in FORWARDING_HEADERS):
+    """Whether the sender is this machine itself, with nothing in between that shows itself.
+
+    A proxy that passes the caller's `Host` on gives itself away, and so does a web page, whose
+    browser adds `Origin`. A tunnel that rewrites `Host` does not: behind one, first use is "never".
+    """
+    headers = request.headers
+    if "origin" in headers or any(name in headers for name in FORWARDING_HEADERS):
+        return False
+    if not is_loopback(headers.get("host", "")):
         return False
     return request.client is not None and is_loopback(request.client.host)
 

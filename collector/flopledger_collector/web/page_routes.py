@@ -7,8 +7,14 @@ from urllib.parse import unquote
 
 from litestar import Request, Response, get
 
-from flopledger_collector.reports.statement import Period
-from flopledger_collector.web.api import ProjectId, surface_of
+from flopledger_collector.web.api import (
+    EndDay,
+    FirstDay,
+    Policies,
+    ProjectId,
+    asked_statement,
+    surface_of,
+)
 from flopledger_collector.web.pages import SECURITY_HEADERS, STYLE_NAME
 
 AnyRequest = Request[Any, Any, Any]
@@ -39,10 +45,16 @@ def project_page(request: AnyRequest, project_id: ProjectId) -> Response[bytes]:
 
 
 @get("/projects/{project_id:str}/statement", sync_to_thread=True, include_in_schema=False)
-def statement_page(request: AnyRequest, project_id: ProjectId) -> Response[bytes]:
-    """One project's statement."""
+def statement_page(
+    request: AnyRequest,
+    project_id: ProjectId,
+    policy: Policies = None,
+    first_day: FirstDay = None,
+    end_day: EndDay = None,
+) -> Response[bytes]:
+    """One project's statement, of the policies and the period that the query names."""
     surface = surface_of(request)
-    statement = surface.statement(unquote(project_id), (), Period())
+    statement = asked_statement(request, project_id, policy, first_day, end_day)
     return html(surface.pages.statement(statement, simulated=surface.handle.simulated))
 
 

@@ -15,7 +15,8 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from flopledger_collector.reports import figures
 from flopledger_collector.reports.markdown import declared_cost, declared_flop, period_text
 from flopledger_collector.reports.statement import ENERGY_BOUNDARY, NOTES, Statement, precision_of
-from flopledger_collector.status import integer_operations, said
+from flopledger_collector.silence import said
+from flopledger_collector.status import integer_operations
 from flopledger_collector.web.bars import bar
 from flopledger_core import units
 

@@ -29,7 +29,7 @@ from flopledger_collector.cli.amounts import (
         ("3.5E+24", 35 * 10**23),
         ("1.5e1", 15),
         ("10.0", 10),
-        ("9" * 59, int("9" * 59)),
+        ("1e29", 10**29),
     ],
 )
 def test_flop_are_read_exactly(text: str, amount: int) -> None:
@@ -40,8 +40,8 @@ def test_flop_are_read_exactly(text: str, amount: int) -> None:
 @pytest.mark.parametrize(
     "text",
     [
-        "", "nan", "NaN", "inf", "-1", "-1e20", "1.5", "1e-3", "1e61", "1e99999", "0x10", "1_000",
-        "1,000", "1e", "e20", "1/2", "٣", "1" * 100, "1e20 FLOP",
+        "", "nan", "NaN", "inf", "-1", "-1e20", "1.5", "1e-3", "1e30", "1e61", "1e99999", "0x10",
+        "1_000", "1,000", "1e", "e20", "1/2", "٣", "1" * 100, "1e20 FLOP",
     ],
 )  # fmt: skip
 def test_what_is_no_amount_is_refused(text: str) -> None:
@@ -50,7 +50,7 @@ def test_what_is_no_amount_is_refused(text: str) -> None:
         FLOP.convert(text, None, None)
 
 
-@given(st.integers(0, 10**60 - 1))
+@given(st.integers(0, 10**29))
 def test_every_whole_amount_can_be_typed(amount: int) -> None:
     """Plain digits and an exponent give the same integer."""
     assert FLOP.convert(str(amount), None, None) == amount

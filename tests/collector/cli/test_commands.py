@@ -109,6 +109,12 @@ def test_each_budget_quantity_has_its_option(ledger: Shell) -> None:
         ((*DECLARED, "--flop", "1", "--flop-bounds", "1", "2", "3"), "not both"),
         ((*DECLARED, "--flop-bounds", "3", "2", "1"), "LOW CENTRAL HIGH"),
         ((*DECLARED, "--cost", "1"), "currency"),
+        ((*DECLARED, "--flop", "1", "--currency", "USD"), "--cost and --currency go together"),
+        ((*DECLARED, "--flop", "1e30"), "too large: give at most 1e29 FLOP"),
+        ((*DECLARED, "--flop", "1", "--method", ""), "--method is empty"),
+        ((*DECLARED, "--flop", "1", "--evidence", "x" * 1025), "--evidence is too long"),
+        ((*DECLARED, "--flop", "1", "--to", "2024-01-01"), "--to is 2024-01-01"),
+        (("statement", "atlas", "--policy", "nope"), "--policy is 'nope'"),
         ((*DECLARED, "--flop", "1", "--activity", "fun"), "--activity is 'fun'"),
         ((*DECLARED, "--model-flop", "--gpu-hours", "1"), "--model-flop"),
         (("status", "nope"), "flopledger project create"),
@@ -116,7 +122,6 @@ def test_each_budget_quantity_has_its_option(ledger: Shell) -> None:
         (("job", "list", "nope"), "flopledger project create"),
         (("policies", "show", "nope"), "ec-cumulative"),
         (("instruments", "show", "nope"), "eu-aia-51-2"),
-        (("statement", "atlas", "--policy", "nope"), "policy is 'nope'"),
         (("estimate", "hardware", "--accelerator", "X", "--gpu-hours", "1", "--precision", "bf16",
           "--utilization", "1"), "H100 SXM"),
         (("import", "sacct", "nowhere.psv"), "nowhere.psv"),
@@ -245,3 +250,49 @@ def test_the_hardware_estimate_is_the_commissions_example() -> None:
 def test_the_version_is_told() -> None:
     """`--version` names program and version."""
     assert run("--version").stdout.startswith("flopledger, version 0.")
+
+
+def test_an_unexpected_failure_is_a_sentence(
+    ledger: Shell, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A bug shows one line and no traceback, and says how to see more."""
+
+    def fail(*_arguments: object) -> None:
+        raise OverflowError("too large")
+
+    monkeypatch.setattr("flopledger_collector.cli.statuses.evaluate_ledger", fail)
+    assert "OverflowError: too large" in ledger.run("status", status=2).stderr
+
+
+def test_adopted_and_own_rules_are_the_configurations(tmp_path: Path) -> None:
+    """`policies list --config` shows what this ledger adopts; a directory must exist."""
+    found = shell(tmp_path, '[policies]\nadopted = ["ec-training"]')
+    rows = found.run("policies", "list").stdout.splitlines()
+    assert [row.split()[1] for row in rows if " ec-training " in f" {row} "] == ["yes"]
+    assert [row.split()[1] for row in rows if " casper-2025 " in f" {row} "] == ["no"]
+    for table in ("policies", "instruments"):
+        wrong = shell(tmp_path, f'[{table}]\ndirectory = "{tmp_path}/none"')
+        assert "name an existing directory" in wrong.run(table, "list", status=2).stderr
+
+
+def test_work_that_crosses_the_period_is_named(ledger: Shell) -> None:
+    """A declaration that begins before the period is listed, not silently left out."""
+    ledger.run("project", "create", "atlas")
+    ledger.run(*DECLARED, "--flop", "1")
+    printed = ledger.run("statement", "atlas", "--from", "2025-03-01").stdout
+    assert "begins before the period; counted on its first day" in printed
+    printed = ledger.run("statement", "atlas", "--to", "2025-03-01").stdout
+    assert "ends after the period; counted whole on its first day" in printed
+
+
+def test_an_import_without_accelerator_warns(ledger: Shell, tmp_path: Path) -> None:
+    """FLOP of such hours is open, which a person should hear before posting."""
+    file = tmp_path / "jobs.txt"
+    file.write_text(
+        "JobID|Account|State|Submit|Start|End|ElapsedRaw|AllocTRES\n"
+        "1|atlas|COMPLETED|2026-01-01T00:00:00|2026-01-01T00:00:00|2026-01-01T01:00:00|3600|"
+        "gres/gpu=8\n"
+    )
+    printed = ledger.run("import", "sacct", str(file), "--format", "json")
+    assert "no --accelerator is given: the FLOP of these hours stays open" in printed.stderr
+    assert '"differing": []' in printed.stdout

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from flopledger_collector.importers.hours import HoursTerms, hours_of
 from flopledger_collector.importers.sacct import (
     COLUMNS,
     SacctJob,
@@ -188,6 +189,21 @@ def test_typed_and_untyped_gpus_are_the_same_gpus(
     assert (gpus, kind) == (job.gpus, job.gpu_type)
     assert (flag is None) == (not job.flags)
     assert flag is None or flag in " ".join(job.flags)
+
+
+def test_jobs_of_two_clusters_with_one_id_stay_apart() -> None:
+    """The Cluster column names the cluster; the option speaks where the column is silent."""
+    header = f"Cluster|{HEADER}"
+    report = read(*(f"{name}|{row()}" for name in ("alpha", "beta", "")), header=header)
+    terms = HoursTerms(
+        cluster="west", accelerator=None, precision=None, utilization_per_mille=None,
+        utilization_source=None, project_from="account", source="sacct", at_unix_ms=0, author="a",
+    )  # fmt: skip
+
+    records = hours_of(report, terms)
+    assert [record.cluster for record in records] == ["alpha", "beta", "west"]
+    assert len({record.import_key for record in records}) == 3
+    assert records[0].import_key.startswith("alpha/100/")
 
 
 def test_steps_are_not_jobs() -> None:

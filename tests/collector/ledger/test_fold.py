@@ -6,20 +6,23 @@ import random
 import threading
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sqlalchemy import create_engine, select
 
+from flopledger_collector.journal import Changes, JournalEntry, StreamState
 from flopledger_collector.ledger import fold
 from flopledger_collector.ledger.delta import Delta, ProjectDelta, UnfoldedEntry
 from flopledger_collector.ledger.fold import Folder
 from flopledger_collector.store import schema
 from flopledger_core import exact
+from flopledger_core.batch import BatchHeader, batch_hash
 from flopledger_core.bounds import total
 from flopledger_core.errors import InvalidInput
 from flopledger_core.flop import basis
-from flopledger_core.records import BudgetSet, Declaration, PersonRecord
+from flopledger_core.records import DECIMAL_DIGITS_MAX, BudgetSet, Declaration, PersonRecord
 from flopledger_core.units import MS_PER_DAY
 from tests.collector.opened import folded, opened, opening, outcomes
 from tests.collector.sealing import (
@@ -108,16 +111,69 @@ def test_lines_are_the_exact_sums_of_the_records_bases(ledger: LedgerHandle) -> 
 
 def test_a_total_of_ten_to_the_thirty_is_exact_through_sql(ledger: LedgerHandle) -> None:
     """Two limbs carry what 64 bits cannot, across days that SQL adds up."""
-    big = 10**30 // 4
+    big = 10**29 // 4
     for day in range(4):
         start = START_UNIX_MS + day * MS_PER_DAY
         part = declaration(big + day, start_unix_ms=start, end_unix_ms=start)
-        ledger.entries.post(part, part)
+        ledger.entries.post(*[part] * 20)
 
     flop = total(line.work.flop for line in folded(ledger, "atlas").lines)
-    expected = 2 * (10**30 + 6)
+    expected = 2 * (10**30 + 60)
     assert (flop.low, flop.central, flop.high) == (expected, expected, expected)
     assert max(exact.split(expected)) < 2**63
+
+
+def test_a_thousand_of_the_largest_amounts_are_exact(tmp_path: Path) -> None:
+    """What a row cannot hold is carried; neither the fold nor SQL's own sums overflow."""
+    biggest = 10**DECIMAL_DIGITS_MAX - 1
+    with opened(tmp_path) as ledger:
+        for day in range(5):
+            start = START_UNIX_MS + day * MS_PER_DAY
+            part = declaration(biggest, start_unix_ms=start, end_unix_ms=start)
+            for _ in range(2):
+                ledger.entries.post(*[part] * 100)
+                ledger.folder.fold()
+        before = folded(ledger, "atlas").lines
+        flop = total(line.work.flop for line in before)
+        assert (flop.low, flop.high) == (1000 * biggest, 1000 * biggest)
+        assert ledger.ledger.health().audit_counts == {}
+        live = projections(tmp_path)
+
+        ledger.rebuild()
+        assert projections(tmp_path) == live
+        assert ledger.ledger.totals("atlas").lines == before
+
+
+def _journaled(ledger: LedgerHandle, sealer: StreamSealer, content: bytes) -> None:
+    """Write a batch past admission, as an older program may have."""
+    header_bytes = content.partition(b"\n")[0]
+    header = msgspec.json.decode(header_bytes, type=BatchHeader)
+    name = batch_hash(header_bytes)
+    entry = JournalEntry(
+        stream_id=sealer.stream_id, sequence=header.sequence, batch_hash=name, content=content,
+        received_unix_ms=START_UNIX_MS, findings=(),
+    )  # fmt: skip
+    state = StreamState.after(header, "f", name, START_UNIX_MS)
+    with ledger.database.writing() as writing:
+        writing.journal.write(Changes(entries=[entry], streams=[state]))
+
+
+def test_an_entry_that_cannot_be_read_is_noted_and_never_stops_the_fold(tmp_path: Path) -> None:
+    """It adds nothing, what comes after it counts, and a rebuild says the same."""
+    with opened(tmp_path) as ledger:
+        sealer = StreamSealer(5)
+        for amount in (10**59, 7):
+            content = sealer.seal([declaration(amount), opening()], author="collector")
+            _journaled(ledger, sealer, content)
+
+        totals = folded(ledger)
+        assert [line.sums["declared_flop"] for line in totals.lines] == [7]
+        assert (totals.position.entries, totals.position.provisional_entries) == (2, 0)
+        assert ledger.ledger.health().audit_counts == {"unfoldable": 1}
+        live = projections(tmp_path)
+        ledger.rebuild()
+        assert projections(tmp_path) == live
+        assert ledger.ledger.health().audit_counts == {"unfoldable": 1}
 
 
 def test_a_record_belongs_to_the_utc_day_it_starts_in(ledger: LedgerHandle) -> None:

@@ -71,10 +71,15 @@ def test_nobody_behind_a_proxy_is_loopback(header: str) -> None:
             self.headers = headers
             self.client = type("Address", (), {"host": host})()
 
-    assert ingest_route.peer_is_loopback(FakeRequest({}, "127.0.0.1"))  # type: ignore[arg-type]
-    assert not ingest_route.peer_is_loopback(FakeRequest({}, "192.0.2.7"))  # type: ignore[arg-type]
-    forwarded = FakeRequest({header: "127.0.0.1"}, "127.0.0.1")
-    assert not ingest_route.peer_is_loopback(forwarded)  # type: ignore[arg-type]
+    def trusted(peer: str = "127.0.0.1", **headers: str) -> bool:
+        asked = {"host": "localhost:16180"} | headers
+        return ingest_route.peer_is_loopback(FakeRequest(asked, peer))  # type: ignore[arg-type]
+
+    assert all(trusted(host=one) for one in ("127.0.0.1:16180", "127.1.2.3", "[::1]:16180"))
+    assert not trusted("192.0.2.7")
+    assert not trusted(**{header: "127.0.0.1"})
+    assert not any(trusted(host=one) for one in ("ledger.example", "", "10.0.0.1:16180"))
+    assert not trusted(origin="http://localhost:16180")
 
 
 @pytest.mark.parametrize(
@@ -246,3 +251,10 @@ def test_a_stopped_writer_asks_to_send_again(tmp_path: Path) -> None:
         answer = client.post("/v1/batches", content=BATCH, headers=BATCHES)
         assert answer.status_code == 503
         assert "send the batches again" in answer.json()["error"]
+
+
+@pytest.mark.parametrize("path", ["/healthz", "/metrics"])
+def test_probes_may_ask_with_head(client: TestClient[Any], path: str) -> None:
+    """A load balancer that asks for headers only is answered."""
+    assert client.head(path).status_code == 200
+    assert client.get(path).status_code == 200

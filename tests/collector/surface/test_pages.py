@@ -103,7 +103,7 @@ def test_a_bar_stands_for_each_instrument_and_budget(client: TestClient[Any]) ->
     assert "Budget compute" in page
     assert "EXCEEDED" in page
     assert "Bars are linear" in client.get("/").text
-    assert "94 % [78 %, 99 %]" in client.get("/projects/birch").text
+    assert "94 % [78 %, open]" in client.get("/projects/birch").text
 
 
 def test_absent_figures_say_so(client: TestClient[Any]) -> None:
@@ -150,3 +150,13 @@ def test_a_demonstration_says_so_on_every_page(tmp_path: Path) -> None:
         handle.folder.fold()
         for path in ("/", "/projects/atlas", "/projects/atlas/statement"):
             assert "Simulated data." in client.get(path).text
+
+
+def test_a_statement_page_honours_its_query(client: TestClient[Any]) -> None:
+    """Period and policy are read as the API reads them; a wrong one is a sentence."""
+    page = client.get("/projects/birch/statement?from=2025-11-25&policy=ec-training")
+    assert "from 2025-11-25" in page.text
+    assert "training compute in the narrow sense" in page.text
+    wrong = client.get("/projects/birch/statement?from=yesterday")
+    assert wrong.status_code == 400
+    assert "write a UTC day as YYYY-MM-DD" in wrong.text
