@@ -70,7 +70,7 @@ class Daemon:
         self._driver = install_simulated_driver(config, self._clock)
         self._table = load_table()
         self._spool = spool.Spool(self._disk, config.spool.max_bytes)
-        self._shipper = Shipper(self._spool, random.random)
+        self._shipper = Shipper(self._spool, secrets.SystemRandom().random)
         processes = process_table(self._driver)
         self._registry = TagRegistry(processes)
         self._tag_server = TagServer(Path(config.tags.socket), self._registry)
@@ -113,7 +113,11 @@ class Daemon:
         self._tick_seconds = 0.0
         self._last_tick_at = time.monotonic()
         self._said: str | None = None
-        self._server = self._make_page()
+        try:
+            self._server = self._make_page()
+        except AgentError:
+            self._let_go()
+            raise
 
     def _make_page(self) -> ThreadingHTTPServer:
         page = exposition.AgentExposition(
@@ -174,12 +178,16 @@ class Daemon:
         ):
             with _guarded(what):
                 step()
+        self._let_go()
+        return sealed
+
+    def _let_go(self) -> None:
+        """Give back what the process holds: the simulated driver's place and the state lock."""
         if self._driver is not None:
             with _guarded("unload the simulated driver"):
                 self._driver.release_hangs()
                 self._driver.uninstall()
         os.close(self._lock)
-        return sealed
 
     def trouble(self) -> str | None:
         """What keeps this agent from doing its work, in a sentence; None when nothing does."""

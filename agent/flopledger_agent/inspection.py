@@ -32,8 +32,10 @@ from flopledger_core.signing import SigningKey
 from flopledger_core.units import MS_PER_SECOND, NS_PER_MS
 
 if TYPE_CHECKING:
+    from flopledger_agent.clocks import Clock
     from flopledger_agent.config import AgentConfig
     from flopledger_agent.gpus.interface import NodeSample
+    from flopledger_agent.gpus.simulated import SimulatedDriver
 
 SAMPLES_MIN: Final = 2  # the first begins the means
 SAMPLES_MAX: Final = 6  # a device may need some to tell the scale of its counters
@@ -89,6 +91,14 @@ def inspect(config: AgentConfig) -> Inspection:
     """Look at the node through the same readers the daemon uses."""
     clock = daemon.make_clock(config)
     driver = daemon.install_simulated_driver(config, clock)
+    try:
+        return _inspected(config, clock, driver)
+    finally:
+        if driver is not None:
+            driver.uninstall()
+
+
+def _inspected(config: AgentConfig, clock: Clock, driver: SimulatedDriver | None) -> Inspection:
     table = load_table()
     source = NvmlSource(clock, table, deadline_seconds=config.sampling.deadline_seconds)
     processes = daemon.process_table(driver)
@@ -108,8 +118,6 @@ def inspect(config: AgentConfig) -> Inspection:
         for item in sample.samples
     )
     source.close()
-    if driver is not None:
-        driver.uninstall()
     return Inspection(
         node=config.node.name,
         gpus=gpu_report.describe(sample, table),

@@ -100,6 +100,8 @@ class Meters:
             self._dark_ns[piece.device, piece.absent.get("cycles", "unknown")] += span_ns
         if piece.energy_mj is not None:
             self._energy_mj[piece.device] += piece.energy_mj
+        if not piece.micro_cycles:
+            return  # a key without counts would be shown as a count of zero
         works = [self._micro[key] for key in keys]
         for name, amount in piece.micro_cycles.items():
             for sums, part in zip(works, shares(amount, weights), strict=True):

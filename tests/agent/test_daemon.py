@@ -300,9 +300,11 @@ def test_every_step_of_stopping_happens(tmp_path: Path, monkeypatch: pytest.Monk
     """A step that fails keeps none of the next ones from happening; the status tells."""
     built, stop = make(tmp_path)
     monkeypatch.setattr(built._loop, "stop", raising(RuntimeError("defect")))
+    finish = built._shipping.finish
     monkeypatch.setattr(built._shipping, "finish", raising(RuntimeError("defect")))
 
     assert run_beside(built, lambda: None, stop) == 1
+    finish()  # no thread of this test may outlive it
     assert not (tmp_path / "tags.sock").exists()
     os.close(lock_state(tmp_path / "state"))  # the state directory is free again
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 BAR_WIDTH: Final = 16
 TIMES_FROM: Final = 10  # a thousand percent says less than ten times
-INSTRUMENT_NAMES: Final = {
+INSTRUMENT_NAMES: Final[dict[str, str]] = {
     "eu-gpai-1e23": "EU 1e23",
     "eu-aia-51-2": "EU 1e25",
     "us-ca-sb53": "CA 1e26",
@@ -92,7 +92,8 @@ def thresholds(status: dict[str, Any]) -> RenderableType:
             shown = scientific(int(limit)) if budget["quantity"] == "flop" else kwh(limit)
             row(table, name, f"budget {budget['name']}", shown, budget["ratio"], budget["verdict"])
         for instrument in project["instruments"]:
-            label = INSTRUMENT_NAMES.get(instrument["instrument"], instrument["instrument"])
+            identifier: str = instrument["instrument"]
+            label = INSTRUMENT_NAMES.get(identifier, identifier)
             row(table, name, label, number(instrument["threshold"]), instrument["ratio"],
                 instrument["verdict"])  # fmt: skip
     return table

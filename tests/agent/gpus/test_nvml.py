@@ -212,7 +212,6 @@ def test_the_marks_of_absent_numbers_and_their_neighbours_are_no_clock(
     )
     for text in (scenario(), scenario(unknown, model="NVIDIA H20")):
         with node(text) as it:
-            for _ in range(5):
-                tick = it.tick()
+            tick = [it.tick() for _ in range(5)][-1]
             assert tick.samples[0].sm_clock_khz is None
             assert tick.samples[0].absent["sm_clock_khz"] == "out_of_range"
