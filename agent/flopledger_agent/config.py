@@ -13,7 +13,7 @@ from msgspec import Meta
 from flopledger_agent.clocks import ScaledClockConfig
 from flopledger_agent.errors import ConfigError
 
-SPOOL_BYTES_DEFAULT: Final = 1024**3  # about 100 days of an 8-GPU node at 7 kB a minute
+SPOOL_BYTES_DEFAULT: Final = 1024**3  # about 80 days of 8 GPUs with one owner each: 9.3 kB a minute
 SAMPLING_SECONDS_DEFAULT: Final = 1.0
 SHIP_JITTER_SECONDS_DEFAULT: Final = 45.0  # spreads a fleet over the minute, leaves time to retry
 
