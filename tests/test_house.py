@@ -37,7 +37,7 @@ LONG_MODULES: Final[dict[str, str]] = {}
 # State of a running thing, private to its module and never handed out.
 MUTABLE_VALUE_TYPES: Final[dict[str, str]] = {
     "agent/flopledger_agent/gpus/device.py::_Opened": "remembers what an open device cannot answer",
-    "agent/flopledger_agent/gpus/nvml.py::_Slot": "follows one expected device through its samples",
+    "agent/flopledger_agent/gpus/source.py::_Slot": "follows one device through its samples",
 }
 
 # Classes that say the unit for all their fields, and fields whose unit is a neighbouring field's.

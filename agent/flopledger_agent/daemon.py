@@ -28,7 +28,7 @@ from flopledger_agent.config import listen_address
 from flopledger_agent.delivery import HttpCollector
 from flopledger_agent.disk import DIRECTORY_MODE, DirectoryDisk, unusable
 from flopledger_agent.errors import AgentError, StateError
-from flopledger_agent.gpus.nvml import NvmlSource
+from flopledger_agent.gpus.source import NvmlSource
 from flopledger_agent.host.node import boot_id, clock_is_synchronised
 from flopledger_agent.keys import load_or_create_key
 from flopledger_agent.loop import AgentLoop, LoopFacts

@@ -22,7 +22,7 @@ from flopledger_agent.delivery import HttpCollector
 from flopledger_agent.disk import unusable
 from flopledger_agent.errors import CollectorUnreachable, StateError
 from flopledger_agent.gpus import report as gpu_report
-from flopledger_agent.gpus.nvml import NvmlSource
+from flopledger_agent.gpus.source import NvmlSource
 from flopledger_agent.host.node import clock_is_synchronised
 from flopledger_agent.keys import KEY_FILE
 from flopledger_agent.spool import DIRECTORY, QUARANTINE, sealed_unix_ms

@@ -23,6 +23,7 @@ from flopledger_core.records import (
     GapRecord,
     Hex32,
     Hex64,
+    HostRecord,
     ImportedHours,
     Record,
     UnixMs,
@@ -150,7 +151,7 @@ def batch_hash(header_bytes: bytes) -> str:
 
 def account_of(record: Record) -> str:
     """The account a record is posted to: its owner's account, or the project it speaks of."""
-    if isinstance(record, (UsageRecord, GapRecord, ImportedHours)):
+    if isinstance(record, (UsageRecord, GapRecord, HostRecord, ImportedHours)):
         return record.owner.account
     return record.project
 
@@ -175,7 +176,7 @@ def make_leaves(
     for index, (record, user) in enumerate(zip(records, users, strict=True)):
         names: Names | None = None
         sealed = record
-        if user is not None and isinstance(record, (UsageRecord, GapRecord)):
+        if user is not None and isinstance(record, (UsageRecord, GapRecord, HostRecord)):
             names = Names(salt=salts.name[index], user=user)
             commitment = name_commitment(names.salt, "user", user)
             sealed = msgspec.structs.replace(record, user_commitment=commitment)

@@ -38,12 +38,23 @@ Tier = Literal[
 Precision = Literal["fp64", "tf32", "fp16", "bf16", "fp8", "fp6", "fp4", "int8"]
 PrecisionOrigin = Literal["declared", "configured", "unknown"]
 CyclesOrigin = Literal["measured", "derived", "absent"]
-EnergyOrigin = Literal["counter", "absent"]
+EnergyOrigin = Literal["counter", "power_integral", "absent"]
+EnergyScope = Literal["gpu", "module"]  # of the counter: the GPU alone, or CPU, GPU and memory
+HostBoundary = Literal["cpu_package", "dram", "platform", "node"]
+HostEnergySource = Literal["rapl", "redfish", "ipmi"]
+# What turned cycles into FLOP; rates are dense in every one.
+PeakBasis = Literal[
+    "dense_at_counted_cycles",
+    "dense_at_sampled_clock",
+    "dense_at_maximum_clock",
+    "dense_at_datasheet_clock",
+]
 AttributionSource = Literal[
     "tag", "environment", "scheduler", "idle", "none", "import", "declaration"
 ]
 
 TIERS: Final[tuple[str, ...]] = get_args(Tier)
+HOST_BOUNDARIES: Final[tuple[str, ...]] = get_args(HostBoundary)
 
 FLAGS: Final[dict[str, str]] = {
     "recovered": "spans dark time of the agent, bridged by counters that kept counting",
@@ -51,6 +62,11 @@ FLAGS: Final[dict[str, str]] = {
     "shared": "several owners held the device; the split is a rule, not a measurement",
     "clock_stepped": "wall time stepped inside the window; durations come from boot time",
     "invalid_tag": "a tag was refused as an id and ignored",
+    "apportioned": "energy of the whole device, cut by a rule: no counter reads it for the part",
+    "energy_cross_check": "the energy counter and integrated power differ by more than a tenth",
+    "tensor_cross_check": "the tensor pipes do not add up to the counter of any tensor work",
+    "xid_error": "the driver reported an error (XID) of this device inside the window",
+    "device_not_in_table": "the hardware table lacks this model; bounds are its architecture's",
 }
 
 
@@ -104,6 +120,33 @@ class Attribution(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
             )
 
 
+class Slices(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Which part of a partitioned GPU (MIG) a device is, in compute slices.
+
+    The parts of a GPU lie side by side from 0 to `of_count`; the last one holds the slices that
+    no GPU instance uses. Whatever is only known of the whole GPU (its time, its energy) is cut at
+    these edges, each rounded down, so that the parts sum exactly to the whole.
+    """
+
+    first_index: Annotated[int, Meta(ge=0, le=64)]
+    count: Annotated[int, Meta(ge=0, le=64)]
+    of_count: Annotated[int, Meta(ge=1, le=64)]
+    sms_of: Annotated[int, Meta(ge=1, le=4096)] | None = None  # SMs of the whole GPU
+
+    def __post_init__(self) -> None:
+        if self.first_index + self.count > self.of_count:
+            raise InvalidInput("slices.count", self.count, "end within the GPU's slices")
+
+    def part(self, whole: int) -> int:
+        """This part of a cumulative whole, exactly: over all parts it sums to `whole`."""
+        return self._until(whole, self.first_index + self.count) - self._until(
+            whole, self.first_index
+        )
+
+    def _until(self, whole: int, edge: int) -> int:
+        return whole * edge // self.of_count
+
+
 class Device(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The GPU, or MIG instance of one, that a record speaks of."""
 
@@ -112,11 +155,28 @@ class Device(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     name: Annotated[str, Meta(min_length=1, max_length=128)]  # the product name as NVML gives it
     pci_device_id: PciDeviceId | None = None
     sm_count: Annotated[int, Meta(ge=1, le=4096)] | None = None
+    slices: Slices | None = None  # only of a partitioned GPU
 
     @property
     def key(self) -> str:
         """One string for the metered thing: the UUID, with the GPU instance where there is one."""
         return self.uuid if self.gpu_instance is None else f"{self.uuid}/{self.gpu_instance}"
+
+
+class Estimate(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Executed FLOP as the agent computed it from a record's own counters when it was sealed.
+
+    The counters stay the truth: a better model or table row restates them, and a statement shows
+    this first estimate beside the restated one. It is never edited.
+    """
+
+    flop_low: DecimalAmount
+    flop_central: DecimalAmount
+    flop_high: DecimalAmount | None  # None: open
+    assumed_precision: Precision  # of the central value
+    peak_basis: PeakBasis
+    model_version: Text
+    table_version: Text
 
 
 class UsageRecord(
@@ -150,7 +210,13 @@ class UsageRecord(
     energy_mj: Count | None
     energy_origin: EnergyOrigin
     energy_counter_mj: Count | None  # the device's own counter at the window's end, raw
+    energy_scope: EnergyScope = "gpu"
+    power_integral_mj: Count | None = None  # sampled power times time, beside the counter
     sm_clock_khz: Count | None  # mean over the window, where it was sampled
+    # How far each counted pipe may lie from the truth, in SM-cycles: 0 where counters are exact
+    # integers, more once they passed 2^53 as doubles or count the mean SM.
+    uncertain_cycles: Count = 0
+    estimate: Estimate | None = None
     absent: dict[str, str]  # quantity -> why it is absent
     flags: FlagList
     user_commitment: Hex64 | None
@@ -210,6 +276,55 @@ class GapRecord(
     def end_unix_ms(self) -> int:
         """Where the gap ends in wall time."""
         return self.start_unix_ms + self.gap_ms
+
+
+class HostRecord(
+    msgspec.Struct,
+    frozen=True,
+    kw_only=True,
+    forbid_unknown_fields=True,
+    tag="host",
+    tag_field="kind",
+):
+    """One measurement window of the node itself, without its GPUs, for one owner.
+
+    Over the owners of a window, `idle` among them, `cpu_time_ms` sums exactly to
+    `cpu_count * window_ms`. Energy is that of each boundary's own meter, cut by CPU time and
+    flagged `apportioned`; boundaries contain each other and are never added. FLOP of CPUs is
+    absent, with the reason.
+    """
+
+    start_unix_ms: UnixMs
+    start_boot_ms: Count | None  # None: the window began in an earlier boot
+    window_ms: Count
+    owner: Owner
+    attribution: Attribution
+    cpu_count: Annotated[int, Meta(ge=1, le=65536)]  # logical CPUs
+    cpu_time_ms: Count | None
+    energy_mj: dict[HostBoundary, Count]
+    energy_sources: dict[HostBoundary, HostEnergySource]
+    absent: dict[str, str]  # quantity -> why it is absent
+    flags: FlagList
+    user_commitment: Hex64 | None
+
+    def __post_init__(self) -> None:
+        _require_flags(self.flags)
+        if list(self.absent) != sorted(self.absent):
+            raise InvalidInput("absent", list(self.absent), "sort the quantities by name")
+        for name, found in (("energy_mj", self.energy_mj), ("energy_sources", self.energy_sources)):
+            if list(found) != sorted(found):
+                raise InvalidInput(name, list(found), "sort the boundaries by name")
+        if list(self.energy_mj) != list(self.energy_sources):
+            raise InvalidInput(
+                "energy_sources", list(self.energy_sources), "give each energy its source"
+            )
+        if self.start_unix_ms + self.window_ms > UNIX_MS_MAX:
+            raise InvalidInput("window_ms", self.window_ms, "windows end before the year 10000")
+
+    @property
+    def end_unix_ms(self) -> int:
+        """Where the window ends in wall time."""
+        return self.start_unix_ms + self.window_ms
 
 
 class ProjectOpened(
@@ -334,9 +449,11 @@ class ImportedHours(
             raise InvalidInput("end_unix_ms", self.end_unix_ms, "a job ends after its start")
 
 
-AgentRecord = UsageRecord | GapRecord
+AgentRecord = UsageRecord | GapRecord | HostRecord
 PersonRecord = ProjectOpened | Declaration | BudgetSet | ImportedHours
-Record = UsageRecord | GapRecord | ProjectOpened | Declaration | BudgetSet | ImportedHours
+Record = (
+    UsageRecord | GapRecord | HostRecord | ProjectOpened | Declaration | BudgetSet | ImportedHours
+)
 
 
 def _require_interval(start_unix_ms: int, start_boot_ms: int, end_boot_ms: int) -> None:

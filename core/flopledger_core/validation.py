@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Final
 
 import msgspec
 
-from flopledger_core.records import Device, GapRecord, UsageRecord
+from flopledger_core.records import Device, GapRecord, HostRecord, UsageRecord
 from flopledger_core.units import HZ_PER_MHZ, MS_PER_SECOND
 
 if TYPE_CHECKING:
@@ -147,7 +147,7 @@ def only_agents_meter(batch: SealedBatch, table: AcceleratorTable) -> Iterator[F
     """Metered records come from agents, people's entries from the collector."""
     del table
     for index, record in enumerate(batch.records):
-        metered = isinstance(record, (UsageRecord, GapRecord))
+        metered = isinstance(record, (UsageRecord, GapRecord, HostRecord))
         if metered != (batch.header.author == "agent"):
             yield Finding(
                 code="wrong_author",

@@ -246,6 +246,7 @@ def test_time_is_conserved_whatever_happens(
             span = (record.start_boot_ms, record.end_boot_ms)
             spans[span] = spans.get(span, 0) + record.gpu_time_ms
         else:
+            assert isinstance(record, GapRecord)
             assert record.start_boot_ms is not None
             spans[record.start_boot_ms, record.start_boot_ms + record.gap_ms] = record.gap_ms
     ordered = sorted(spans)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from flopledger_agent.gpus import nvml, replay
+from flopledger_agent.gpus import replay, source
 from flopledger_agent.gpus.replay import ReplaySource
 from flopledger_core.records import CYCLE_FIELDS, TIERS
 from tests.agent.gpus.nodes import PHASE, node, scenario
@@ -79,7 +79,7 @@ def test_every_source_is_in_this_suite() -> None:
     """A new implementation is added here or fails here."""
     found = {
         name
-        for module in (nvml, replay)
+        for module in (source, replay)
         for name, kind in inspect.getmembers(module, inspect.isclass)
         if kind.__module__ == module.__name__ and hasattr(kind, "sample") and hasattr(kind, "close")
     }

@@ -9,8 +9,8 @@ from flopledger_agent.attribution.owners import EnvironmentAttributor
 from flopledger_agent.attribution.tags import TagRegistry
 from flopledger_agent.disk import MemoryDisk
 from flopledger_agent.gpus import simulated
-from flopledger_agent.gpus.nvml import NvmlSource
 from flopledger_agent.gpus.simulated.process_table import ScenarioProcessTable
+from flopledger_agent.gpus.source import NvmlSource
 from flopledger_agent.loop import AgentLoop, LoopFacts
 from flopledger_agent.spool import Spool
 from flopledger_core.accelerators import load_table

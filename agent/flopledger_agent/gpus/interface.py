@@ -12,7 +12,7 @@ from typing import Protocol
 
 import msgspec
 
-from flopledger_core.records import Cycles, Device, Tier
+from flopledger_core.records import Cycles, Device, EnergyScope, Tier
 
 
 class GpuSample(msgspec.Struct, frozen=True, kw_only=True):
@@ -36,6 +36,12 @@ class GpuSample(msgspec.Struct, frozen=True, kw_only=True):
     power_mw: int | None
     processes: tuple[int, ...] | None
     absent: dict[str, str]
+    # The whole GPU's raw counter; differs from `energy_mj` only for a part of a partitioned GPU,
+    # whose `energy_mj` is `device.slices.part(energy_counter_mj)`.
+    energy_counter_mj: int | None = None
+    energy_scope: EnergyScope = "gpu"
+    uncertain_cycles: int = 0  # see UsageRecord
+    xids: tuple[int, ...] = ()  # errors of this device that the driver reported since last time
 
 
 class DeviceFailure(msgspec.Struct, frozen=True, kw_only=True):
@@ -54,6 +60,8 @@ class NodeSample(msgspec.Struct, frozen=True, kw_only=True):
     failures: tuple[DeviceFailure, ...]
     driver: str | None  # driver version, None when the driver does not answer
     failure: str | None  # why no device could be sampled at all
+    # Keys of devices that ended on purpose (a GPU was partitioned anew): no longer expected.
+    retired: tuple[str, ...] = ()
 
 
 class GpuSource(Protocol):

@@ -6,9 +6,9 @@ import time
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from flopledger_agent.gpus.nvml import NvmlSource
 from flopledger_agent.gpus.simulated.driver import SimulatedDriver, install
 from flopledger_agent.gpus.simulated.scenario import parse_scenario
+from flopledger_agent.gpus.source import NvmlSource
 from flopledger_core.accelerators import load_table
 from tests.agent.sampling import SECOND_NS, TestClock
 

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from flopledger_agent.gpus.nvml import BACKOFF_TICKS_MAX
 from flopledger_agent.gpus.simulated.faults import Fault
+from flopledger_agent.gpus.source import BACKOFF_TICKS_MAX
 from flopledger_core.records import Device
 from tests.agent.attribution.people import until
 from tests.agent.gpus.nodes import PHASE, node, scenario
