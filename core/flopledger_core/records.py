@@ -24,6 +24,7 @@ Text = Annotated[str, Meta(min_length=1, max_length=1024)]
 # Patterns end with \Z, not $: a dollar also matches before a final newline, a second byte form.
 Hex32 = Annotated[str, Meta(pattern=r"\A[0-9a-f]{32}\Z")]
 Hex64 = Annotated[str, Meta(pattern=r"\A[0-9a-f]{64}\Z")]
+ComputeCapability = Annotated[str, Meta(pattern=r"\A[1-9][0-9]?\.[0-9]\Z")]
 PciDeviceId = Annotated[str, Meta(pattern=r"\A[0-9A-F]{4}\Z")]
 # Below 1e29: a thousand times the largest threshold in any law, and ninety of them still fit the
 # two limbs (9.2e30) that the collector keeps a sum in.
@@ -154,6 +155,7 @@ class Device(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     gpu_instance: Annotated[int, Meta(ge=0, le=64)] | None = None
     name: Annotated[str, Meta(min_length=1, max_length=128)]  # the product name as NVML gives it
     pci_device_id: PciDeviceId | None = None
+    compute_capability: ComputeCapability | None = None  # names the architecture of any model
     sm_count: Annotated[int, Meta(ge=1, le=4096)] | None = None
     slices: Slices | None = None  # only of a partitioned GPU
 
