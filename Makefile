@@ -1,5 +1,5 @@
-# Everything a new checkout needs: make demo | test | lint | bench | clean. Requires only Linux, make and
-# Python >= 3.11 with its venv module. Each target builds .venv on first use and again whenever
+# Everything a new checkout needs: make demo | test | lint | bench | bench-accuracy | clean. Requires
+# only Linux, make and Python >= 3.11 with its venv module. Each target builds .venv on first use and again when
 # pyproject.toml or constraints.txt change, or the checkout has moved.
 #
 #   make demo SECONDS=60          bounded demo
@@ -27,7 +27,7 @@ CANDIDATES := python3.13 python3.12 python3.11 python3
 PYTHON ?=
 ARGS ?=
 
-.PHONY: help demo test lint bench format constraints clean
+.PHONY: help demo test lint bench bench-accuracy format constraints clean
 help:
 	@sed -n 's/^# \{0,1\}//p' Makefile | sed -n '1,7p'
 
@@ -47,6 +47,11 @@ lint: $(VENV)/.development
 
 bench: $(VENV)/.development
 	@exec $(RUN) -m benchmarks $(ARGS)
+
+# Metered against known FLOP and energy; a real GPU too, where its driver and a Python with PyTorch are:
+#   make bench-accuracy ARGS='--python /opt/torch/bin/python --record traces'
+bench-accuracy: $(VENV)/.development
+	@exec $(RUN) -m benchmarks.accuracy $(ARGS)
 
 format: $(VENV)/.development
 	$(RUN) -m ruff check --fix .

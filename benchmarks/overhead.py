@@ -2,11 +2,13 @@
 
 An 8-GPU node on the simulated driver. Calls into the driver's library are timed at its edge and
 taken out, because a simulated driver costs something else than a real one. CPU is given as a
-share of one core at one tick a second; memory is the proportional set size of a real daemon.
+share of one core at one tick a second. Memory, and the CPU of what passes between daemon and
+worker, are those of two real processes, which the simulated driver is part of.
 """
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import tempfile
@@ -24,7 +26,9 @@ from tests.end_to_end.virtual_node import VirtualNode
 
 GPUS: Final = 8
 TICKS: Final = 600
-MEMORY_AFTER_SECONDS: Final = 20  # twenty virtual minutes at speed 60: caches are warm
+SPEED: Final = 60  # of a real daemon's clock, in which it ticks once a second
+MEMORY_AFTER_SECONDS: Final = 20  # twenty virtual minutes: caches are warm
+CPU_SECONDS: Final = 20
 PHASE: Final[dict[str, object]] = {
     "seconds": 86_400,
     "sm_clock_mhz": 1755,
@@ -80,8 +84,11 @@ def measure_cpu() -> tuple[float, float, float]:
     return own_ns / TICKS / 1000, library.cpu_ns / TICKS / 1000, library.calls / TICKS
 
 
-def measure_memory_mib() -> float:
-    """Proportional set size of a running daemon without the simulator's schedule counted out."""
+def measure_daemon() -> tuple[float, float]:
+    """A running daemon and its GPU worker: memory in MiB, and CPU per tick in microseconds.
+
+    Both with the simulator in them; the CPU also has what passes between the two processes.
+    """
     with tempfile.TemporaryDirectory() as directory:
         root = Path(directory)
         gpus = "\n".join('[[gpus]]\nmodel = "NVIDIA H100 80GB HBM3"' for _ in range(GPUS))
@@ -90,7 +97,7 @@ def measure_memory_mib() -> float:
             f'[state]\ndirectory = "{root}/state"\n[tags]\nsocket = "{root}/t.sock"\n'
             '[web]\nlisten_address = "127.0.0.1:0"\n'
             f'[gpus]\ndriver = "simulated"\nscenario = "{root}/scenario.toml"\n'
-            f"[clock]\nspeed = 60\nreal_origin_unix_ns = {time.time_ns()}\n"
+            f"[clock]\nspeed = {SPEED}\nreal_origin_unix_ns = {time.time_ns()}\n"
             "origin_unix_ns = 1764000000000000000\n"
         )
         command = [sys.executable, "-m", "flopledger_agent", "run", "--config"]
@@ -98,10 +105,31 @@ def measure_memory_mib() -> float:
             [*command, str(root / "agent.toml")], stderr=subprocess.DEVNULL
         ) as daemon:
             threading.Event().wait(MEMORY_AFTER_SECONDS)
-            rollup = Path(f"/proc/{daemon.pid}/smaps_rollup").read_text()
+            pids = (daemon.pid, *children_of(daemon.pid))
+            pss_kib = sum(pss_of_kib(pid) for pid in pids)
+            began_s = sum(cpu_seconds_of(pid) for pid in pids)
+            threading.Event().wait(CPU_SECONDS)
+            cpu_s = sum(cpu_seconds_of(pid) for pid in pids) - began_s
             daemon.terminate()
-    pss_kib = next(line.split()[1] for line in rollup.splitlines() if line.startswith("Pss:"))
-    return int(pss_kib) / 1024
+    return pss_kib / 1024, cpu_s * 1_000_000 / (CPU_SECONDS * SPEED)
+
+
+def children_of(pid: int) -> list[int]:
+    """The processes that any thread of a process started."""
+    lists = Path(f"/proc/{pid}/task").glob("*/children")
+    return [int(child) for each in lists for child in each.read_text().split()]
+
+
+def cpu_seconds_of(pid: int) -> float:
+    """CPU time of a process so far."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def pss_of_kib(pid: int) -> int:
+    """Proportional set size of one process."""
+    rollup = Path(f"/proc/{pid}/smaps_rollup").read_text()
+    return next(int(line.split()[1]) for line in rollup.splitlines() if line.startswith("Pss:"))
 
 
 def main() -> None:
@@ -114,7 +142,9 @@ def main() -> None:
     table.add_row("own CPU, share of one core", f"{own_us / 10_000:.3f} %")
     table.add_row("driver calls per tick", f"{calls:.0f}")
     table.add_row("driver CPU per tick (simulated, reported apart)", f"{driver_us:.0f} us")
-    table.add_row("proportional memory", f"{measure_memory_mib():.1f} MiB")
+    memory_mib, daemon_us = measure_daemon()
+    table.add_row("CPU per tick of daemon and worker, simulator included", f"{daemon_us:.0f} us")
+    table.add_row("proportional memory of daemon and worker", f"{memory_mib:.1f} MiB")
     Console().print(table)
 
 

@@ -82,10 +82,41 @@ def totals() -> list[AnyPanel]:
         unit="locale",
     )
     thirds: list[AnyPanel] = [energy, hours, cost]
+    halves: list[AnyPanel] = [*_metered()]
     return [
         by_policy.span(WALL_WIDTH).height(8),
         *(panel.span(8).height(8) for panel in thirds),
+        *(panel.span(12).height(8) for panel in halves),
     ]
+
+
+def _metered() -> list[AnyPanel]:
+    """What meters tell apart: pipes, and the boundaries of energy."""
+    pipes = time_panel(
+        "Central FLOP by pipe",
+        "Tensor pipes and CUDA cores apart, before any policy. CUDA-core FLOP is at most what the "
+        "busy pipe could have done, so it is an upper figure.",
+        UNIT_FLOP,
+    ).with_target(
+        query(
+            "max by (project, pipe) "
+            '(flopledger_project_pipe_flop{project=~"$project",bound="central"})',
+            "{{project}} {{pipe}}",
+        )
+    )
+    boundaries = time_panel(
+        "Energy by boundary",
+        "GPU, module, CPU packages, memory and node, each by its own meter. Boundaries contain "
+        "each other: compare them, never add them. A boundary that nobody read has no line.",
+        UNIT_ENERGY,
+    ).with_target(
+        query(
+            "max by (project, boundary) (flopledger_project_boundary_energy_joules"
+            '{project=~"$project",bound="central"}) / 3600',
+            "{{project}} {{boundary}}",
+        )
+    )
+    return [pipes, boundaries]
 
 
 def unowned() -> list[AnyPanel]:

@@ -37,6 +37,7 @@ LONG_MODULES: Final[dict[str, str]] = {}
 # State of a running thing, private to its module and never handed out.
 MUTABLE_VALUE_TYPES: Final[dict[str, str]] = {
     "agent/flopledger_agent/gpus/device.py::_Opened": "remembers what an open device cannot answer",
+    "agent/flopledger_agent/gpus/mig_reader.py::_Part": "follows one part through its samples",
     "agent/flopledger_agent/gpus/source.py::_Slot": "follows one device through its samples",
 }
 
@@ -70,6 +71,7 @@ IMPORTERS: Final[dict[str, tuple[str, ...]]] = {
     "psutil": ("agent/flopledger_agent/attribution/processes.py",),
     "prometheus_client": (
         "agent/flopledger_agent/exposition.py",
+        "agent/flopledger_agent/gpus/dcgm.py",  # its parser, for another exporter's page
         "collector/flopledger_collector/exposition.py",
     ),
     "cryptography": ("core/flopledger_core/signing.py",),

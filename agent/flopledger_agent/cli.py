@@ -1,4 +1,4 @@
-"""The agent's command line: run it, ask what it can see, tag a job, look into the spool.
+"""The agent's command line: run it, ask what it can see, tag a job, pause, look into the spool.
 
 Reading commands take `--format table|json`. Exit status: 0 success, 1 a finding, 2 misuse or
 something that cannot be done; errors are one sentence on standard error.
@@ -168,6 +168,45 @@ def tag(
     except CommandNotStarted as error:
         click.echo(f"flopledger-agent: {error}", err=True)
         sys.exit(error.status)
+
+
+@main.command()
+@_config_option
+@click.option("--socket", type=click.Path(path_type=Path), help="The agent's local socket.")
+@click.argument("duration")
+def pause(config: Path | None, *, socket: Path | None, duration: str) -> None:
+    r"""Stop metering for DURATION (30s, 10m, 2h; at most 8h), so that a profiler has the counters.
+
+    Only root and the agent's own user may. The time becomes gaps with the reason `paused` in the
+    ledger, bounded by what the GPUs could have done. A pause survives a restart of the agent;
+    another one replaces it. Exits 1 when the agent has not let go of the driver yet. Example:
+
+    \b
+      flopledger-agent pause 10m
+    """
+    from flopledger_agent import control  # noqa: PLC0415
+    from flopledger_agent.pauses import parse_duration  # noqa: PLC0415
+
+    request = control.ControlRequest(command="pause", duration_ms=parse_duration(duration))
+    answer = control.tell(socket or _tag_socket(config), request)
+    click.echo(control.sentence(answer))
+    if not answer.in_effect:
+        _warn("the agent has not let go of the driver yet; look with flopledger-agent check")
+        sys.exit(1)
+
+
+@main.command()
+@_config_option
+@click.option("--socket", type=click.Path(path_type=Path), help="The agent's local socket.")
+def resume(config: Path | None, *, socket: Path | None) -> None:
+    """End a pause before its time; metering begins again at the next tick.
+
+    Only root and the agent's own user may.
+    """
+    from flopledger_agent import control  # noqa: PLC0415
+
+    request = control.ControlRequest(command="resume")
+    click.echo(control.sentence(control.tell(socket or _tag_socket(config), request)))
 
 
 @main.command()

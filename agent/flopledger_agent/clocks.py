@@ -61,13 +61,16 @@ class ScaledClockConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknow
 class ScaledClock:
     """A clock that left `origin_unix_ns` at a real instant and runs `speed` times as fast."""
 
-    def __init__(self, config: ScaledClockConfig) -> None:
+    def __init__(self, config: ScaledClockConfig, *, tie_ns: int | None = None) -> None:
         self._config = config
         # Real elapsed time comes from the monotonic clock; the wall clock only ties the origin.
-        self._tie_ns = time.time_ns() - config.real_origin_unix_ns - time.monotonic_ns()
+        # A process that must agree to the nanosecond takes over another one's tie.
+        if tie_ns is None:
+            tie_ns = time.time_ns() - config.real_origin_unix_ns - time.monotonic_ns()
+        self.tie_ns = tie_ns
 
     def _elapsed_ns(self) -> int:
-        return (time.monotonic_ns() + self._tie_ns) * self._config.speed
+        return (time.monotonic_ns() + self.tie_ns) * self._config.speed
 
     def boottime_ns(self) -> int:
         """Scaled time since just before the origin."""

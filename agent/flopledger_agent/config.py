@@ -6,15 +6,18 @@ import socket
 import tomllib
 from pathlib import Path
 from typing import Annotated, Final, Literal
+from urllib.parse import urlsplit
 
 import msgspec
 from msgspec import Meta
 
 from flopledger_agent.clocks import ScaledClockConfig
 from flopledger_agent.errors import ConfigError
+from flopledger_core.records import Precision
 
-SPOOL_BYTES_DEFAULT: Final = 1024**3  # about 80 days of 8 GPUs with one owner each: 9.3 kB a minute
+SPOOL_BYTES_DEFAULT: Final = 1024**3  # about 50 days of 8 GPUs with one owner each: 14 kB a minute
 SAMPLING_SECONDS_DEFAULT: Final = 1.0
+LOOPBACK: Final = ("127.0.0.1", "::1", "localhost")
 SHIP_JITTER_SECONDS_DEFAULT: Final = 45.0  # spreads a fleet over the minute, leaves time to retry
 
 
@@ -67,11 +70,52 @@ class SpoolSection(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     max_bytes: Annotated[int, Meta(ge=1024**2)] = SPOOL_BYTES_DEFAULT
 
 
+class DcgmSection(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """`[gpus.dcgm]`: the page of a running dcgm-exporter; without this table none is asked."""
+
+    # The exporter's own default address; another host only because somebody wrote it here.
+    url: Annotated[str, Meta(pattern=r"^https?://[^/@\s?#]+(/[^\s#]*)?$")] = (
+        "http://127.0.0.1:9400/metrics"
+    )
+    interval_seconds: Annotated[float, Meta(ge=1, le=300)] = 10.0
+    timeout_seconds: Annotated[float, Meta(gt=0, le=60)] = 5.0
+    # How often the exporter itself looks (its option -c, in milliseconds); its default is 30 s.
+    exporter_interval_seconds: Annotated[float, Meta(ge=0.1, le=600)] = 30.0
+    # Whose series to take from a page of several hosts; absent: those of `node.name`.
+    hostname: Annotated[str, Meta(min_length=1, max_length=255)] | None = None
+
+
 class GpusSection(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """`[gpus]`: the real driver, or a simulated one behind the same library."""
 
     driver: Literal["nvml", "simulated"] = "nvml"
     scenario: str | None = None
+    default_precision: Precision | None = None  # of jobs that declare none
+    dcgm: DcgmSection | None = None
+
+
+class RedfishSection(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """`[host.redfish]`: the node's management controller; without this table none is asked."""
+
+    url: Annotated[str, Meta(pattern=r"^https?://[^/@\s?#]+/?$")]  # scheme and host only
+    user: Annotated[str, Meta(min_length=1, max_length=255)] | None = None
+    password_file: str | None = None
+    chassis: tuple[Annotated[str, Meta(min_length=1, max_length=255)], ...] = ()
+    timeout_seconds: Annotated[float, Meta(gt=0, le=60)] = 10.0  # of a whole reading
+    ca_file: str | None = None  # certificates to trust instead of the system's
+    # False only beside a `ca_file` that holds the controller's own certificate.
+    verify_host_name: bool = True
+
+
+class HostSection(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """`[host]`: the node itself: CPU time by owner, and energy outside the GPUs."""
+
+    enabled: bool = True
+    # RAPL counters wrap within minutes at load: the longer, the more likely unseen.
+    interval_seconds: Annotated[float, Meta(ge=1, le=60)] = 10.0
+    rapl: bool = True
+    redfish: RedfishSection | None = None
+    ipmi: bool = False
 
 
 class AgentConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -85,6 +129,7 @@ class AgentConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     sampling: SamplingSection = SamplingSection()
     spool: SpoolSection = SpoolSection()
     gpus: GpusSection = GpusSection()
+    host: HostSection = HostSection()
     clock: ScaledClockConfig | None = None
 
     @property
@@ -107,10 +152,37 @@ def parse_config(text: str, source: str) -> AgentConfig:
         raise ConfigError(f"{source}: gpus.scenario is missing; a simulated driver needs one")
     if config.clock is not None and config.gpus.driver != "simulated":
         raise ConfigError(f"{source}: clock is set; only a simulated driver may run on scaled time")
+    _require_host(config.host, source)
     if not config.node.name:
         node = msgspec.structs.replace(config.node, name=socket.gethostname())
         config = msgspec.structs.replace(config, node=node)
     return config
+
+
+def _require_host(host: HostSection, source: str) -> None:
+    """Refuse what would meter twice, or send a password where anybody can read it."""
+    redfish = host.redfish
+    if redfish is None:
+        return
+    if host.ipmi:
+        raise ConfigError(
+            f"{source}: host.ipmi is set; host.redfish meters the node's power, too: choose one"
+        )
+    if (redfish.user is None) != (redfish.password_file is None):
+        raise ConfigError(
+            f"{source}: host.redfish.user and password_file: give both or neither of them"
+        )
+    address = urlsplit(redfish.url)
+    if redfish.user and address.scheme == "http" and address.hostname not in LOOPBACK:
+        raise ConfigError(
+            f"{source}: host.redfish.url is {redfish.url!r}; use https, "
+            "or anybody can read the password"
+        )
+    if not redfish.verify_host_name and redfish.ca_file is None:
+        raise ConfigError(
+            f"{source}: host.redfish.verify_host_name is false; name the controller's own "
+            "certificate in ca_file"
+        )
 
 
 def load_config(path: Path) -> AgentConfig:

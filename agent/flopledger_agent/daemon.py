@@ -21,17 +21,26 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from flopledger_agent import clocks, exposition, spool, stream
+from flopledger_agent.attribution.exits import ExitWatch
 from flopledger_agent.attribution.owners import EnvironmentAttributor
 from flopledger_agent.attribution.processes import CombinedProcessTable, PsutilProcessTable
 from flopledger_agent.attribution.tags import TagRegistry, TagServer
 from flopledger_agent.config import listen_address
+from flopledger_agent.control import Control
 from flopledger_agent.delivery import HttpCollector
 from flopledger_agent.disk import DIRECTORY_MODE, DirectoryDisk, unusable
 from flopledger_agent.errors import AgentError, StateError
-from flopledger_agent.gpus.source import NvmlSource
+from flopledger_agent.gpus import ladder
+from flopledger_agent.gpus.supervisor import SupervisedSource
+from flopledger_agent.gpus.worker_messages import SimulatedNode
+from flopledger_agent.gpus.worker_process import PipeWorker
+from flopledger_agent.host.building import host_meter
 from flopledger_agent.host.node import boot_id, clock_is_synchronised
+from flopledger_agent.host.room import HostRoom
 from flopledger_agent.keys import load_or_create_key
 from flopledger_agent.loop import AgentLoop, LoopFacts
+from flopledger_agent.node_lock import NodeLock
+from flopledger_agent.rhythm import Bell, Rhythm, ring_when_set, wait_until_due
 from flopledger_agent.shipper import Shipper
 from flopledger_agent.shipping import Shipping
 from flopledger_core import __version__
@@ -46,12 +55,15 @@ if TYPE_CHECKING:
     from flopledger_agent.config import AgentConfig
     from flopledger_agent.disk import Disk
     from flopledger_agent.gpus.simulated import SimulatedDriver
+    from flopledger_agent.gpus.worker_process import WorkerProcess
+    from flopledger_agent.loop import View
     from flopledger_core.records import Device
 
 PROGRAM: Final = f"flopledger-agent {__version__}"
 STALL_SECONDS: Final = 30.0  # real time without a tick after which the agent is not well
 STALL_TICKS: Final = 5  # and as many intervals: a slow rhythm is no stall
 LOCK_FILE: Final = "agent.lock"
+NO_DRIVER: Final = ("nvml_not_found", "driver_not_loaded", "no_devices")  # no NVIDIA GPU to meter
 
 log = logging.getLogger("flopledger.agent")
 
@@ -59,44 +71,44 @@ log = logging.getLogger("flopledger.agent")
 class Daemon:
     """Every part of a running agent; `run` returns the exit status."""
 
-    def __init__(self, config: AgentConfig, stop: threading.Event) -> None:
+    def __init__(
+        self,
+        config: AgentConfig,
+        stop: threading.Event,
+        launch: Callable[[], WorkerProcess] = PipeWorker,
+        hold_node: Callable[[Callable[[str], None]], NodeLock] = NodeLock,
+    ) -> None:
         self._config = config
         self._stop = stop  # set from outside: a signal came
         self._clock = make_clock(config)
         self._lock = lock_state(Path(config.state.directory))  # before anything in it is touched
+        try:
+            self._node_lock = None if config.simulated else hold_node(_say_lock_trouble)
+        except AgentError:
+            os.close(self._lock)
+            raise
         self._disk = DirectoryDisk(
             Path(config.state.directory), (spool.DIRECTORY, spool.QUARANTINE)
         )
         self._driver = install_simulated_driver(config, self._clock)
         self._table = load_table()
+        self._gpus = gpu_source(
+            config, self._clock, self._driver, known_devices(self._disk), launch
+        )
         self._spool = spool.Spool(self._disk, config.spool.max_bytes)
         self._shipper = Shipper(self._spool, secrets.SystemRandom().random)
         processes = process_table(self._driver)
         self._registry = TagRegistry(processes)
-        self._tag_server = TagServer(Path(config.tags.socket), self._registry)
         tick_ns = int(config.sampling.interval_seconds * NS_PER_SECOND)
-        self._loop = AgentLoop(
-            facts=LoopFacts(
-                node=config.node.name,
-                cluster=config.node.cluster,
-                program=PROGRAM,
-                simulated=config.simulated,
-                boot_id=simulated_boot_id(config) or boot_id(),
-                tick_ns=tick_ns,
-            ),
-            clock=self._clock,
-            source=NvmlSource(
-                self._clock,
-                self._table,
-                known=known_devices(self._disk),
-                deadline_seconds=config.sampling.deadline_seconds,
-            ),
-            attributor=EnvironmentAttributor(processes, self._registry),
-            disk=self._disk,
-            spool=self._spool,
-            key=load_or_create_key(self._disk),
-            random_bytes=secrets.token_bytes,
-            synchronised=clock_is_synchronised,
+        self._exits = ExitWatch()
+        self._loop = self._make_loop(processes, tick_ns)
+        self._bell = Bell(self._exits)
+        self._rhythm = Rhythm(tick_ns)
+        self._tag_server = TagServer(
+            Path(config.tags.socket),
+            self._registry,
+            registered=lambda: self._bell.ring(begins=True),
+            others=Control(self._loop.pauses, os.geteuid(), self._bell.ring),
         )
         self._shipping = Shipping(
             loop=self._loop,
@@ -113,18 +125,52 @@ class Daemon:
         self._tick_seconds = 0.0
         self._last_tick_at = time.monotonic()
         self._said: str | None = None
+        self._said_no_gpu = False
         try:
             self._server = self._make_page()
         except AgentError:
             self._let_go()
             raise
 
+    def _make_loop(self, processes: ProcessTable, tick_ns: int) -> AgentLoop:
+        config = self._config
+        return AgentLoop(
+            facts=LoopFacts(
+                node=config.node.name,
+                cluster=config.node.cluster,
+                program=PROGRAM,
+                simulated=config.simulated,
+                boot_id=simulated_boot_id(config) or boot_id(),
+                tick_ns=tick_ns,
+                default_precision=config.gpus.default_precision,
+            ),
+            clock=self._clock,
+            source=ladder.over(
+                self._gpus,
+                config.gpus.dcgm,
+                self._clock,
+                self._table,
+                config.node.name,
+            ),
+            table=self._table,
+            attributor=EnvironmentAttributor(processes, self._registry),
+            disk=self._disk,
+            spool=self._spool,
+            key=load_or_create_key(self._disk),
+            random_bytes=secrets.token_bytes,
+            synchronised=clock_is_synchronised,
+            host=make_host(config, self._clock, processes, self._registry),
+            ended=self._exits.ended,
+        )
+
     def _make_page(self) -> ThreadingHTTPServer:
         page = exposition.AgentExposition(
             view=lambda: self._loop.view,
+            host=self._loop.host_counts,
             counts=self._loop.meters.counts,
             shipping=self._shipping_counts,
             ticks=lambda: (self._ticks, self._tick_seconds),
+            workers=lambda: self._gpus.counts,
             table=self._table,
             version=__version__,
             simulated=self._config.simulated,
@@ -171,6 +217,7 @@ class Daemon:
                     extra={"action": "cannot_seal"},
                 )
         for what, step in (
+            ("let the driver go", self._gpus.close),  # nothing, unless stopping the loop failed
             ("deliver once more", self._shipping.finish),
             ("close the page", self._server.shutdown),
             ("close the page", self._server.server_close),
@@ -187,6 +234,11 @@ class Daemon:
             with _guarded("unload the simulated driver"):
                 self._driver.release_hangs()
                 self._driver.uninstall()
+        with _guarded("give the descriptors back"):
+            self._bell.close()
+            self._exits.close()
+            if self._node_lock is not None:
+                self._node_lock.release()
         os.close(self._lock)
 
     def trouble(self) -> str | None:
@@ -200,17 +252,24 @@ class Daemon:
         return None
 
     def _sample_until_stopped(self) -> None:
-        """Tick on the clock's grid, so that ticks do not drift against UTC minutes."""
+        """Tick on the clock's grid, so that ticks do not drift against UTC minutes.
+
+        Between two of its ticks job edges make extra ones.
+        """
+        ring_when_set(self._stop, self._bell)
         while not self._stop.is_set():
             began = time.perf_counter()
+            self._rhythm.ticked(self._clock.boottime_ns(), self._clock.wall_unix_ns())
             self._loop.tick()
             self._ticks += 1
             self._tick_seconds += time.perf_counter() - began
             self._last_tick_at = time.monotonic()
             self._say_sealing_trouble()
-            now_ns = self._clock.wall_unix_ns()
-            wait_ns = self._tick_ns - now_ns % self._tick_ns
-            self._stop.wait(self._clock.sleep_seconds(wait_ns / NS_PER_SECOND))
+            self._say_no_gpu()
+            if self._node_lock is not None:
+                self._node_lock.drain()
+            self._exits.watch(pids_on_devices(self._loop.view), self._registry.tagged_pids())
+            wait_until_due(self._rhythm, self._bell, self._clock, self._stop.is_set)
 
     def _say_sealing_trouble(self) -> None:
         """Log why windows cannot be sealed when the reason is another one than before."""
@@ -221,6 +280,24 @@ class Daemon:
                 log.error("%s", trouble, extra={"action": "cannot_seal"})
             else:
                 log.info("windows can be sealed again", extra={"action": "sealing_again"})
+
+    def _say_no_gpu(self) -> None:
+        """Log once that there is no driver here, and that the node itself is metered all the same.
+
+        A driver that was there before is another story, told by its devices' failures.
+        """
+        sample = self._loop.view.sample
+        if self._said_no_gpu or sample is None or sample.failure not in NO_DRIVER:
+            return
+        if sample.samples or sample.failures:
+            return
+        self._said_no_gpu = True
+        log.info(
+            "no GPU is metered here (%s)%s",
+            sample.failure,
+            "; the node's CPUs and energy are" if self._config.host.enabled else "",
+            extra={"action": "no_gpu"},
+        )
 
     def _shipping_counts(self) -> exposition.ShippingCounts:
         with self._loop.spool_lock:
@@ -249,6 +326,25 @@ def known_devices(disk: Disk) -> tuple[Device, ...]:
 def make_clock(config: AgentConfig) -> clocks.Clock:
     """The node's clock, or the scaled one of a demonstration."""
     return clocks.SystemClock() if config.clock is None else clocks.ScaledClock(config.clock)
+
+
+def make_host(
+    config: AgentConfig, clock: clocks.Clock, processes: ProcessTable, registry: TagRegistry
+) -> HostRoom | None:
+    """The host's meter and its rhythm; None when it is switched off.
+
+    A simulated node has no CPUs of its own: those of the machine that plays it are not its.
+    """
+    if config.simulated or not config.host.enabled:
+        return None
+    meter = host_meter(
+        config.host,
+        clock=clock,
+        attributor=EnvironmentAttributor(processes, registry),
+        registry=registry,
+        monotonic_seconds=time.monotonic,
+    )
+    return HostRoom(meter, int(config.host.interval_seconds * NS_PER_SECOND))
 
 
 def jitter_ns(config: AgentConfig) -> int:
@@ -286,6 +382,33 @@ def install_simulated_driver(config: AgentConfig, clock: clocks.Clock) -> Simula
     return simulated.install(simulated.load_scenario(Path(config.gpus.scenario)), clock)
 
 
+def gpu_source(
+    config: AgentConfig,
+    clock: clocks.Clock,
+    driver: SimulatedDriver | None,
+    known: tuple[Device, ...] = (),
+    launch: Callable[[], WorkerProcess] = PipeWorker,
+) -> SupervisedSource:
+    """The node's GPUs through workers; with a scenario, workers on the same one and its time."""
+    simulated: SimulatedNode | None = None
+    if driver is not None:
+        assert config.gpus.scenario is not None, "a simulated driver has a scenario"
+        simulated = SimulatedNode(
+            scenario=config.gpus.scenario,
+            start_boottime_ns=driver.start_boottime_ns,
+            clock=config.clock,
+            tie_ns=clock.tie_ns if isinstance(clock, clocks.ScaledClock) else 0,
+        )
+    return SupervisedSource(
+        clock,
+        launch,
+        time.monotonic,
+        known=known,
+        deadline_seconds=config.sampling.deadline_seconds,
+        simulated=simulated,
+    )
+
+
 def simulated_boot_id(config: AgentConfig) -> str | None:
     """A scaled clock has boots of its own, one per origin."""
     return None if config.clock is None else f"simulated-{config.clock.origin_unix_ns}"
@@ -308,6 +431,16 @@ def run(config: AgentConfig, announce: Callable[[str], None], stop: threading.Ev
     daemon = Daemon(config, stop)
     announce(f"{PROGRAM}: state in {config.state.directory}, shipping to {config.collector.url}")
     return daemon.run()
+
+
+def pids_on_devices(view: View) -> Iterator[int]:
+    """Every process that the last tick saw on a device."""
+    for sample in () if view.sample is None else view.sample.samples:
+        yield from sample.processes or ()
+
+
+def _say_lock_trouble(text: str) -> None:
+    log.warning("%s", text, extra={"action": "node_lock"})
 
 
 @contextlib.contextmanager

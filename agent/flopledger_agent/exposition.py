@@ -20,13 +20,15 @@ from prometheus_client.core import (
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 
 from flopledger_core.flop import basis_of_cycles, total_work, work
-from flopledger_core.units import MJ_PER_JOULE, NS_PER_MS, NS_PER_SECOND
+from flopledger_core.units import MJ_PER_JOULE, MS_PER_SECOND, NS_PER_MS, NS_PER_SECOND
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
 
     from prometheus_client.core import Metric
 
+    from flopledger_agent.gpus.supervisor import WorkerCounts
+    from flopledger_agent.host.counters import HostCounts
     from flopledger_agent.loop import View
     from flopledger_agent.meters import MeterCounts
     from flopledger_core.accelerators import AcceleratorTable
@@ -35,6 +37,7 @@ PAGE: Final = b"""<!doctype html><meta charset="utf-8"><title>flopledger-agent</
 <h1>flopledger-agent</h1><p><a href="/metrics">metrics</a></p>
 """
 TEXT: Final = "text/plain; charset=utf-8"
+UJ_PER_JOULE: Final = 1_000_000
 REQUEST_TIMEOUT_SECONDS: Final = 10  # a scraper that stops reading holds a thread this long
 
 
@@ -68,17 +71,21 @@ class AgentExposition:
         self,
         *,
         view: Callable[[], View],
+        host: Callable[[], HostCounts | None],
         counts: Callable[[], MeterCounts],
         shipping: Callable[[], ShippingCounts],
         ticks: Callable[[], tuple[int, float]],
+        workers: Callable[[], WorkerCounts],
         table: AcceleratorTable,
         version: str,
         simulated: bool,
     ) -> None:
         self._view = view
+        self._host = host
         self._counts = counts
         self._shipping = shipping
         self._ticks = ticks
+        self._workers = workers
         self._table = table
         self._version = version
         self._simulated = simulated
@@ -94,45 +101,50 @@ class AgentExposition:
         yield from self._device_families(counts)
         yield self._flop_family(counts)
         yield from self._view_families()
+        yield from self._host_families()
         yield from self._agent_families()
 
     def _device_families(self, counts: MeterCounts) -> Iterator[Metric]:
         energy = CounterMetricFamily(
             "flopledger_gpu_energy_joules",
-            "Energy metered from the device's own counter since the agent started.",
+            "Energy since the agent started: the device's counter, else integrated power.",
             labels=["gpu_uuid", "accelerator"],
         )
-        for device, energy_mj in counts.energy_mj.items():
-            energy.add_metric([device.key, self._accelerator(device)], energy_mj / MJ_PER_JOULE)
+        joules = (
+            ((device.key, self._accelerator(device)), amount)
+            for device, amount in counts.energy_mj.items()
+        )
+        _add_sums(energy, joules, MJ_PER_JOULE)
         yield energy
+        yield _energy_check_family(counts)
         cycles = CounterMetricFamily(
             "flopledger_gpu_pipe_cycles",
             "SM-cycles metered since the agent started, summed over SMs: elapsed, or pipe active.",
             labels=["gpu_uuid", "pipe"],
         )
-        sums: dict[tuple[str, str], int] = defaultdict(int)
-        for key, value in counts.cycles.items():
-            for pipe, amount in value.as_dict().items():
-                if amount is not None:
-                    sums[key.device.key, pipe] += amount
-        for (device_key, pipe), amount in sums.items():
-            cycles.add_metric([device_key, pipe], amount)
+        pipes = (
+            ((key.device.key, pipe), amount)
+            for key, value in counts.cycles.items()
+            for pipe, amount in value.as_dict().items()
+            if amount is not None
+        )
+        _add_sums(cycles, pipes)
         yield cycles
         seconds = CounterMetricFamily(
             "flopledger_gpu_seconds",
             "Device time metered since the agent started, by kind of owner.",
             labels=["gpu_uuid", "owner_kind"],
         )
-        for (device, kind), time_ns in counts.time_ns.items():
-            seconds.add_metric([device.key, kind], time_ns / NS_PER_SECOND)
+        times = (((device.key, kind), ns) for (device, kind), ns in counts.time_ns.items())
+        _add_sums(seconds, times, NS_PER_SECOND)
         yield seconds
         dark = CounterMetricFamily(
             "flopledger_gpu_gap_seconds",
             "Device time in which no activity counter could be read, by reason.",
             labels=["gpu_uuid", "reason"],
         )
-        for (device, reason), time_ns in counts.dark_ns.items():
-            dark.add_metric([device.key, reason], time_ns / NS_PER_SECOND)
+        gaps = (((device.key, reason), ns) for (device, reason), ns in counts.dark_ns.items())
+        _add_sums(dark, gaps, NS_PER_SECOND)
         yield dark
         errors = CounterMetricFamily(
             "flopledger_gpu_sample_errors",
@@ -142,13 +154,22 @@ class AgentExposition:
         for (uuid, reason), number in counts.failures.items():
             errors.add_metric([uuid, reason], number)
         yield errors
+        xids = CounterMetricFamily(
+            "flopledger_agent_gpu_xid_errors",
+            "XID errors the driver reported of a device since the agent started.",
+            labels=["gpu_uuid", "xid"],
+        )
+        for (device_key, xid), number in counts.xids.items():
+            xids.add_metric([device_key, xid], number)
+        yield xids
         last = GaugeMetricFamily(
             "flopledger_gpu_last_sample_timestamp_seconds",
             "When the device last answered; a standing value means it does not.",
             labels=["gpu_uuid"],
         )
-        for device, unix_ns in counts.last_sample_unix_ns.items():
-            last.add_metric([device.key], unix_ns / NS_PER_SECOND)
+        newest = sorted(counts.last_sample_unix_ns.items(), key=lambda item: item[1])
+        for device_key, unix_ns in {device.key: ns for device, ns in newest}.items():
+            last.add_metric([device_key], unix_ns / NS_PER_SECOND)
         yield last
 
     def _flop_family(self, counts: MeterCounts) -> Metric:
@@ -220,6 +241,44 @@ class AgentExposition:
         )
         blocked.add_metric([], float(view.last_error is not None))
         yield blocked
+        yield from _pause_families(view)
+
+    def _host_families(self) -> Iterator[Metric]:
+        """The node itself; nothing where it is not metered."""
+        counts = self._host()
+        if counts is None:
+            return
+        cpu = CounterMetricFamily(
+            "flopledger_agent_host_cpu_seconds",
+            "CPU time of the node metered since the agent started, by kind of owner.",
+            labels=["owner_kind"],
+        )
+        for kind, cpu_ns in counts.cpu_ns.items():
+            cpu.add_metric([kind], cpu_ns / NS_PER_SECOND)
+        yield cpu
+        energy = CounterMetricFamily(
+            "flopledger_agent_host_energy_joules",
+            "Energy of the node metered since the agent started; boundaries contain each other.",
+            labels=["boundary"],
+        )
+        for boundary, energy_uj in counts.energy_uj.items():
+            energy.add_metric([boundary], energy_uj / UJ_PER_JOULE)
+        yield energy
+        absent = GaugeMetricFamily(
+            "flopledger_agent_host_absent",
+            "1 for each quantity of the node that is not metered now, with the reason.",
+            labels=["quantity", "reason"],
+        )
+        for quantity, reason in counts.absent.items():
+            absent.add_metric([quantity, reason], 1)
+        yield absent
+        last = GaugeMetricFamily(
+            "flopledger_agent_host_last_sample_timestamp_seconds",
+            "When the node itself was sampled last.",
+        )
+        if counts.last_sample_unix_ns is not None:
+            last.add_metric([], counts.last_sample_unix_ns / NS_PER_SECOND)
+        yield last
 
     def _agent_families(self) -> Iterator[Metric]:
         shipping = self._shipping()
@@ -264,6 +323,7 @@ class AgentExposition:
         for reason, number in {"unreachable": 0, **shipping.failures}.items():
             failures.add_metric([reason], number)
         yield failures
+        yield from _worker_families(self._workers())
         number, seconds = self._ticks()
         yield SummaryMetricFamily(
             "flopledger_agent_tick_duration_seconds",
@@ -280,6 +340,78 @@ class AgentExposition:
     def _accelerator(self, device: Any) -> str:  # noqa: ANN401 (core Device; avoids a runtime import)
         row = self._table.find(device.name, device.pci_device_id)
         return device.name if row is None else row.key
+
+
+def _energy_check_family(counts: MeterCounts) -> Metric:
+    """What counter and sampled power said of the same time."""
+    check = CounterMetricFamily(
+        "flopledger_agent_energy_cross_check_joules",
+        "Energy of the same time by the device's counter and by integrated power.",
+        labels=["gpu_uuid", "method"],
+    )
+    checks = (((device.key, how), mj) for (device, how), mj in counts.energy_check_mj.items())
+    _add_sums(check, checks, MJ_PER_JOULE)
+    return check
+
+
+def _pause_families(view: View) -> Iterator[Metric]:
+    """Whether somebody paused the metering, who, and for how long still."""
+    paused = GaugeMetricFamily(
+        "flopledger_agent_paused", "1 while metering is paused and its time becomes gaps."
+    )
+    paused.add_metric([], float(view.pause is not None))
+    yield paused
+    left = GaugeMetricFamily(
+        "flopledger_agent_pause_remaining_seconds", "How long the pause goes on; 0 without one."
+    )
+    left.add_metric([], view.pause_left_ms / MS_PER_SECOND)
+    yield left
+    info = GaugeMetricFamily(
+        "flopledger_agent_pause_info",
+        "1 while metering is paused, with who did it.",
+        labels=["user"],
+    )
+    if view.pause is not None:
+        info.add_metric([view.pause.by], 1)
+    yield info
+
+
+def _worker_families(workers: WorkerCounts) -> Iterator[Metric]:
+    """The processes that talk to the driver."""
+    for name, text, value in (
+        (
+            "flopledger_agent_driver_workers",
+            "Processes that read the driver now; more than one while a GPU is read apart.",
+            workers.running_workers,
+        ),
+        (
+            "flopledger_agent_driver_workers_abandoned",
+            "Processes that were ended and still sleep in the driver.",
+            workers.abandoned_workers,
+        ),
+    ):
+        gauge = GaugeMetricFamily(name, text)
+        gauge.add_metric([], float(value))
+        yield gauge
+    restarts = CounterMetricFamily(
+        "flopledger_agent_driver_worker_restarts",
+        "Driver workers that were replaced, by reason.",
+        labels=["reason"],
+    )
+    for reason, number in {"died": 0, "hung": 0, **workers.restarts}.items():
+        restarts.add_metric([reason], number)
+    yield restarts
+
+
+def _add_sums(
+    family: CounterMetricFamily, amounts: Iterable[tuple[tuple[str, ...], int]], divisor: int = 1
+) -> None:
+    """One series for each set of labels: a GPU that was divided anew is one key, then and now."""
+    sums: dict[tuple[str, ...], int] = defaultdict(int)
+    for labels, amount in amounts:
+        sums[labels] += amount
+    for labels, amount in sums.items():
+        family.add_metric(list(labels), amount if divisor == 1 else amount / divisor)
 
 
 def make_server(

@@ -10,19 +10,22 @@ import contextlib
 import os
 import socket
 import threading
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 import msgspec
 
-from flopledger_agent import daemon
+from flopledger_agent import control, daemon
 from flopledger_agent.attribution.owners import EnvironmentAttributor, describe_claims
 from flopledger_agent.attribution.tags import TagRegistry
 from flopledger_agent.delivery import HttpCollector
 from flopledger_agent.disk import unusable
 from flopledger_agent.errors import CollectorUnreachable, StateError
+from flopledger_agent.gpus import ladder
 from flopledger_agent.gpus import report as gpu_report
-from flopledger_agent.gpus.source import NvmlSource
+from flopledger_agent.host import report as host_report
+from flopledger_agent.host.building import host_meter
 from flopledger_agent.host.node import clock_is_synchronised
 from flopledger_agent.keys import KEY_FILE
 from flopledger_agent.spool import DIRECTORY, QUARANTINE, sealed_unix_ms
@@ -32,6 +35,7 @@ from flopledger_core.signing import SigningKey
 from flopledger_core.units import MS_PER_SECOND, NS_PER_MS
 
 if TYPE_CHECKING:
+    from flopledger_agent.attribution.interface import ProcessTable
     from flopledger_agent.clocks import Clock
     from flopledger_agent.config import AgentConfig
     from flopledger_agent.gpus.interface import NodeSample
@@ -41,6 +45,7 @@ SAMPLES_MIN: Final = 2  # the first begins the means
 SAMPLES_MAX: Final = 6  # a device may need some to tell the scale of its counters
 SOCKET_TIMEOUT_SECONDS: Final = 2.0  # a local agent answers at once or not at all
 HEADER_BYTES_MAX: Final = 2 * 1024 * 1024  # the longest first line of a batch
+HOST_SECONDS: Final = 15.0  # a management controller may take ten to answer
 BETWEEN_SAMPLES_SECONDS: Final = 0.3  # GPM refreshes every 100 ms
 
 
@@ -56,10 +61,12 @@ class Inspection(msgspec.Struct, frozen=True, kw_only=True):
 
     node: str
     gpus: gpu_report.NodeReport
+    host: host_report.HostReport | None  # None: not metered
     owners: tuple[DeviceOwners, ...]
     clock_synchronised: bool | None
     collector: str
     tag_socket: str
+    metering: str  # going on, or paused by whom and until when
     state_directory: str
     public_key: str | None  # None: no key yet, it is made at the first start
     permissions: tuple[str, ...]
@@ -100,13 +107,21 @@ def inspect(config: AgentConfig) -> Inspection:
 
 def _inspected(config: AgentConfig, clock: Clock, driver: SimulatedDriver | None) -> Inspection:
     table = load_table()
-    source = NvmlSource(clock, table, deadline_seconds=config.sampling.deadline_seconds)
+    source = ladder.over(
+        daemon.gpu_source(config, clock, driver),
+        config.gpus.dcgm,
+        clock,
+        table,
+        config.node.name,
+    )
     processes = daemon.process_table(driver)
     attributor = EnvironmentAttributor(processes, TagRegistry(processes))
     pause = threading.Event()
     sample = source.sample()
     for number in range(2, SAMPLES_MAX + 1):
-        warming = any(failure.reason == "warming_up" for failure in sample.failures)
+        warming = any(failure.reason == "warming_up" for failure in sample.failures) or any(
+            item.absent.get("dcgm") == "dcgm_not_asked_yet" for item in sample.samples
+        )
         if number > SAMPLES_MIN and not warming:
             break
         pause.wait(BETWEEN_SAMPLES_SECONDS)
@@ -118,23 +133,50 @@ def _inspected(config: AgentConfig, clock: Clock, driver: SimulatedDriver | None
         for item in sample.samples
     )
     source.close()
+    host = _host(config, clock, processes)
     return Inspection(
         node=config.node.name,
         gpus=gpu_report.describe(sample, table),
+        host=host,
         owners=owners,
         clock_synchronised=clock_is_synchronised(),
         collector=_collector(config),
         tag_socket=_tag_socket(Path(config.tags.socket)),
+        metering=_metering(Path(config.tags.socket)),
         state_directory=config.state.directory,
         public_key=_public_key(config),
         permissions=_permissions(config, sample),
-        can_meter=bool(sample.samples),
+        can_meter=bool(sample.samples) or (host is not None and host.cpu_count is not None),
     )
+
+
+def _host(
+    config: AgentConfig, clock: Clock, processes: ProcessTable
+) -> host_report.HostReport | None:
+    """The node itself; a management controller is waited for, within its own deadline."""
+    if config.simulated or not config.host.enabled:
+        return None
+    registry = TagRegistry(processes)
+    meter = host_meter(
+        config.host,
+        clock=clock,
+        attributor=EnvironmentAttributor(processes, registry),
+        registry=registry,
+        monotonic_seconds=time.monotonic,
+    )
+    pause, deadline = threading.Event(), time.monotonic() + HOST_SECONDS
+    sample = meter.sample()
+    while "first_reading" in sample.absent.values() and time.monotonic() < deadline:
+        pause.wait(BETWEEN_SAMPLES_SECONDS)
+        sample = meter.sample()
+    meter.close()
+    return host_report.describe(sample)
 
 
 def as_lines(report: Inspection) -> list[str]:
     """The inspection for people."""
     told = [f"node {report.node}", *gpu_report.lines(report.gpus)]
+    told += host_report.lines(report.host)
     for device in report.owners:
         told.append(f"owners of {device.uuid}")
         told += [f"  {line}" for line in device.owners]
@@ -146,6 +188,7 @@ def as_lines(report: Inspection) -> list[str]:
     told.append(f"node clock: {synchronised}")
     told.append(f"collector: {report.collector}")
     told.append(f"tag socket: {report.tag_socket}")
+    told.append(f"metering: {report.metering}")
     told.append(f"state directory: {report.state_directory}")
     told.append(f"public key: {report.public_key or 'none yet, it is made at the first start'}")
     told += [f"permission: {line}" for line in report.permissions]
@@ -244,6 +287,14 @@ def _tag_socket(path: Path) -> str:
             "until the agent runs"
         )
     return f"an agent answers at {path}; what is registered there is known to that agent alone"
+
+
+def _metering(path: Path) -> str:
+    """Whether the agent that runs here meters now, by its own word."""
+    try:
+        return control.sentence(control.tell(path, control.ControlRequest(command="status")))
+    except control.NotCarriedOut:
+        return "no agent answers here"
 
 
 def _collector(config: AgentConfig) -> str:

@@ -13,22 +13,33 @@ from typing import TYPE_CHECKING, Final
 import msgspec
 
 from flopledger_agent import stream
+from flopledger_agent.attribution.interface import with_default_precision
 from flopledger_agent.errors import SpoolFull
-from flopledger_agent.metering import close_windows, is_due, observe, resume
+from flopledger_agent.estimates import with_estimate
+from flopledger_agent.host import metering as host_metering
+from flopledger_agent.metering import PAUSED, close_windows, halt, is_due, observe, resume
 from flopledger_agent.meters import Meters
+from flopledger_agent.pauses import PauseDesk
 from flopledger_core.batch import Predecessor
 from flopledger_core.signing import fingerprint
 from flopledger_core.units import NS_PER_MS
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
     from flopledger_agent.attribution.interface import Attributor, Claim
     from flopledger_agent.clocks import Clock
     from flopledger_agent.disk import Disk
     from flopledger_agent.gpus.interface import GpuSource, NodeSample
+    from flopledger_agent.host.counters import HostCounts
+    from flopledger_agent.host.metering import HostState
+    from flopledger_agent.host.room import HostRoom
     from flopledger_agent.metering import MeterState
+    from flopledger_agent.pauses import Pause
     from flopledger_agent.spool import Spool
+    from flopledger_agent.windows import Closed
+    from flopledger_core.accelerators import AcceleratorTable
+    from flopledger_core.records import Precision
     from flopledger_core.signing import SigningKey
 
 
@@ -44,6 +55,7 @@ class LoopFacts(msgspec.Struct, frozen=True, kw_only=True):
     simulated: bool
     boot_id: str
     tick_ns: int
+    default_precision: Precision | None = None  # of work whose job declares none
 
 
 class View(msgspec.Struct, frozen=True, kw_only=True):
@@ -57,6 +69,8 @@ class View(msgspec.Struct, frozen=True, kw_only=True):
     sealed_batches: int
     window_minutes: int
     last_error: str | None
+    pause: Pause | None = None  # in force at this tick
+    pause_left_ms: int = 0
 
 
 class AgentLoop:
@@ -68,23 +82,33 @@ class AgentLoop:
         facts: LoopFacts,
         clock: Clock,
         source: GpuSource,
+        table: AcceleratorTable,
         attributor: Attributor,
         disk: Disk,
         spool: Spool,
         key: SigningKey,
         random_bytes: Callable[[int], bytes],
         synchronised: Callable[[], bool | None],
+        host: HostRoom | None = None,
+        ended: Callable[[], frozenset[int]] = frozenset,
     ) -> None:
         self._facts = facts
         self._clock = clock
         self._source = source
+        self._table = table
         self._attributor = attributor
         self._disk = disk
         self._spool = spool
         self._key = key
         self._random_bytes = random_bytes
         self._synchronised = synchronised
+        self._host = host
+        self._ask_ended = ended  # the processes whose exit was told since it was asked last
+        self._ended: frozenset[int] = frozenset()
         self.meters = Meters()
+        self.pauses = PauseDesk(disk, clock, facts.boot_id)
+        self._paused = False
+        self._sampled = False
         self.spool_lock = threading.Lock()  # the spool is shared with the shipping thread
         self._memory = self._recall()
         self._unadopted = False
@@ -98,23 +122,71 @@ class AgentLoop:
 
     def tick(self) -> None:
         """One sample of everything, metered and remembered; sealed if a minute ended."""
-        node = self._source.sample()
-        claims = {
-            sample.device.key: self._attributor.claims(sample.processes) for sample in node.samples
-        }
-        meter, slices = observe(self._memory.meter, node, claims, tick_ns=self._facts.tick_ns)
-        self._memory = msgspec.structs.replace(self._memory, meter=meter)
+        self._follow_pause()
+        node, claims = self._observe()
         self._bind()
-        self.meters.add(node, slices)
-        due = is_due(meter, node.unix_ns, self._spool.window_minutes())
-        if due and node.boot_ns >= self._retry_boot_ns:
+        minutes = self._spool.window_minutes()
+        due = is_due(self._memory.meter, node.unix_ns, minutes) or host_metering.is_due(
+            self._memory.host, node.unix_ns, minutes
+        )
+        due = due and node.boot_ns >= self._retry_boot_ns
+        self._observe_host(closing=due)
+        if due:
             self.seal()
         self._remember()
         self.view = self._view(node, claims)
 
+    def _observe(self) -> tuple[NodeSample, dict[str, tuple[Claim, ...]]]:
+        """Sample, attribute, meter."""
+        node = self._source.sample()
+        self._sampled = True
+        claims = {
+            sample.device.key: with_default_precision(
+                self._attributor.claims(sample.processes), self._facts.default_precision
+            )
+            for sample in node.samples
+        }
+        # After the reading: whoever is gone from it for having ended has been told by now.
+        ended = self._ended | self._ask_ended()
+        meter, slices = observe(
+            self._memory.meter, node, claims, tick_ns=self._facts.tick_ns, ended=ended
+        )
+        # A driver may list a process for a moment longer: its exit is remembered until it is gone.
+        self._ended = ended & {pid for sample in node.samples for pid in sample.processes or ()}
+        self._memory = msgspec.structs.replace(self._memory, meter=meter)
+        self.meters.add(node, slices)
+        return node, claims
+
+    def _observe_host(self, *, closing: bool) -> None:
+        """Sample and meter the node itself when it is time to, or when windows are to close."""
+        if self._host is None:
+            return
+        host, closed = self._host.observe(
+            self._memory.host, self._clock.boottime_ns(), closing=closing
+        )
+        self._memory = _with_host(self._memory, host, closed)
+
+    def _follow_pause(self) -> None:
+        """Let go of the driver where somebody paused, after a last reading; else take it again."""
+        paused = self.pauses.current() is not None
+        if paused and not self._paused:
+            if self._sampled:
+                self._observe()
+            self._source.pause()
+            meter = halt(self._memory.meter, PAUSED)
+            self._memory = msgspec.structs.replace(self._memory, meter=meter)
+        elif self._paused and not paused:
+            self._source.resume()
+        self._paused = paused
+        try:
+            self.pauses.settle(paused=paused)
+        except SpoolFull as error:
+            self._last_error = str(error)
+
     def seal(self) -> bool:
         """Close every window and seal what is closed; False when the disk had no room for it."""
-        memory = self._sound(close_windows(self._memory.meter))
+        memory = _with_host(self._memory, *host_metering.close(self._memory.host))
+        memory = self._sound(memory, close_windows(memory.meter))
         try:
             self._adopt()
             while memory.meter.closed:
@@ -148,11 +220,18 @@ class AgentLoop:
     def stop(self) -> None:
         """A clean end: one last sample, everything sealed, ports let go."""
         self.tick()
+        self._observe_host(closing=True)
         self.seal()
         self._remember()
         self.view = self._view(self.view.sample, self.view.claims)
         self._attributor.close()
         self._source.close()
+        if self._host is not None:
+            self._host.close()
+
+    def host_counts(self) -> HostCounts | None:
+        """What the page shows of the node itself; None where it is not metered."""
+        return None if self._host is None else self._host.counters.counts()
 
     def learn_ledger(self, ledger_id: str) -> None:
         """The collector's ledger id; batches sealed from the next tick on are bound to it.
@@ -176,13 +255,20 @@ class AgentLoop:
             memory = stream.new_memory(
                 self._random_bytes(16).hex(), self._facts.boot_id, predecessor
             )
+        host, closed = host_metering.resume(
+            memory.host,
+            before_boot_id=memory.meter.boot_id,
+            boot_id=self._facts.boot_id,
+            now_boot_ns=self._clock.boottime_ns(),
+            now_unix_ns=self._clock.wall_unix_ns(),
+        )
         meter = resume(
             memory.meter,
             self._facts.boot_id,
             self._clock.boottime_ns(),
             self._clock.wall_unix_ns(),
         )
-        memory = msgspec.structs.replace(memory, meter=meter)
+        memory = _with_host(msgspec.structs.replace(memory, meter=meter), host, closed)
         own = fingerprint(self._key.public_key)
         if memory.key_fingerprint is None and memory.next_sequence == 0:
             memory = msgspec.structs.replace(memory, key_fingerprint=own)
@@ -219,8 +305,13 @@ class AgentLoop:
             return
         self._memory = successor
 
-    def _sound(self, meter: MeterState) -> stream.Memory:
-        """The memory to seal from; records that no wire can carry are moved aside, not sealed."""
+    def _sound(self, memory: stream.Memory, meter: MeterState) -> stream.Memory:
+        """The memory to seal from: first estimates are made here, of what windows closed with.
+
+        Records that no wire can carry are moved aside, not sealed.
+        """
+        estimated = tuple(with_estimate(item, self._table) for item in meter.closed)
+        meter = msgspec.structs.replace(meter, closed=estimated)
         sound, unsound = stream.sift(meter.closed)
         for number, item in enumerate(unsound):
             name = f"quarantine/record-{self._memory.next_sequence}-{number}.json"
@@ -231,7 +322,7 @@ class AgentLoop:
         if unsound:
             self.moved_aside += len(unsound)
             meter = msgspec.structs.replace(meter, closed=sound)
-        return msgspec.structs.replace(self._memory, meter=meter)
+        return msgspec.structs.replace(memory, meter=meter)
 
     def _predecessor_in_spool(self) -> Predecessor | None:
         """The memory is gone but batches wait: name their stream, whose head is unknown."""
@@ -258,6 +349,7 @@ class AgentLoop:
         )
 
     def _view(self, sample: NodeSample | None, claims: dict[str, tuple[Claim, ...]]) -> View:
+        pause = self.pauses.current()
         return View(
             sample=sample,
             claims=claims,
@@ -267,4 +359,12 @@ class AgentLoop:
             sealed_batches=self._sealed,
             window_minutes=self._spool.window_minutes(),
             last_error=self._last_error,
+            pause=pause,
+            pause_left_ms=0 if pause is None else self.pauses.left_ms(pause),
         )
+
+
+def _with_host(memory: stream.Memory, host: HostState, closed: Iterable[Closed]) -> stream.Memory:
+    """The memory with the host's new state; its closed records wait with the devices'."""
+    meter = msgspec.structs.replace(memory.meter, closed=(*memory.meter.closed, *closed))
+    return msgspec.structs.replace(memory, host=host, meter=meter)

@@ -12,9 +12,16 @@ from typing import TYPE_CHECKING, Final
 
 import msgspec
 
+from flopledger_agent.layouts import relaid
+from flopledger_agent.slices import (
+    counting_tier,
+    halted_slice,
+    holders,
+    reported,
+    slice_between,
+    standing_still,
+)
 from flopledger_agent.windows import (
-    MICRO,
-    UNKNOWN_CLAIM,
     Anchor,
     Closed,
     Slice,
@@ -25,8 +32,6 @@ from flopledger_agent.windows import (
     wall_gap,
     window_records,
 )
-from flopledger_core.energy import counter_delta
-from flopledger_core.records import CYCLE_FIELDS, AgentRecord, Cycles, Tier
 from flopledger_core.units import MS_PER_MINUTE, NS_PER_MS
 
 if TYPE_CHECKING:
@@ -34,10 +39,11 @@ if TYPE_CHECKING:
 
     from flopledger_agent.attribution.interface import Claim
     from flopledger_agent.gpus.interface import GpuSample, NodeSample
+    from flopledger_core.records import AgentRecord, Device
 
-CLOCK_STEP_MS: Final = 500  # wall time that moved this far against boot time has stepped
 DARK_TICKS: Final = 5  # a device unseen for longer than this many ticks was dark, not late
 GAP_AFTER_NS: Final = 3_600_000_000_000  # after an hour dark time is stated, not waited for
+PAUSED: Final = "paused"  # the reason of time in which somebody stopped the metering
 UNKNOWN_BOOT: Final = "unknown"  # what the node says where the kernel has no boot id
 WINDOW_MINUTES: Final = (1, 10, 60)  # how wide windows get as the spool fills
 
@@ -91,50 +97,71 @@ def observe(
     claims: Mapping[str, tuple[Claim, ...]],
     *,
     tick_ns: int,
+    ended: frozenset[int] = frozenset(),
 ) -> tuple[MeterState, tuple[Slice, ...]]:
     """Fold one tick into the state; also returns its slices, for the metrics page.
 
-    `claims` are the owners seen in this tick by device key. A slice belongs to the owners seen
-    at its end: whoever is on the device when it is read held it since the reading before.
+    `claims` are the owners seen in this tick by device key, `ended` the processes whose exit was
+    told by then; whose a slice is, `slices.py` says.
     """
     devices = dict(state.devices)
     closed = list(state.closed)
     slices: list[Slice] = []
-    offset_ns = node.unix_ns - node.boot_ns
+    _relay(node, devices, closed)
     for sample in node.samples:
         key = sample.device.key
-        unix_ns = max(0, sample.boot_ns + offset_ns)
-        anchor = Anchor(
-            device=sample.device,
-            boot_ns=sample.boot_ns,
-            unix_ns=unix_ns,
-            cycles=sample.cycles,
-            energy_mj=sample.energy_mj,
-        )
+        unix_ns = max(0, sample.boot_ns + node.unix_ns - node.boot_ns)
         known = devices.get(key)
-        if known is None or sample.boot_ns < known.anchor.boot_ns:
-            if known is not None:
-                closed.extend([] if known.window is None else window_records(known.window))
-                closed.append(wall_gap(known.anchor, unix_ns, "boot_time_went_back"))
+        anchor = _anchor(sample, unix_ns, claims[key])
+        if known is None:
             devices[key] = DeviceState(anchor=anchor, window=None)
             continue
-        if sample.boot_ns == known.anchor.boot_ns:
-            continue  # no time has passed: the next sample will cover it
-        span_ns = sample.boot_ns - known.anchor.boot_ns
-        dark = not known.anchor.watched or span_ns > DARK_TICKS * tick_ns
-        owners = (UNKNOWN_CLAIM,) if dark else claims[key]
-        piece = _slice(known.anchor, sample, owners, unix_ns, dark=dark)
+        if sample.boot_ns < known.anchor.boot_ns:
+            closed.extend([] if known.window is None else window_records(known.window))
+            closed.append(wall_gap(known.anchor, unix_ns, "boot_time_went_back"))
+            devices[key] = DeviceState(anchor=anchor, window=None)
+            continue
+        if sample.boot_ns == known.anchor.boot_ns:  # no time has passed: the next will cover it
+            devices[key] = _carrying(known, reported(sample))
+            continue
+        if known.anchor.halted is not None:
+            piece = halted_slice(known.anchor, sample.boot_ns, unix_ns, known.anchor.halted)
+        else:
+            dark = not known.anchor.watched or (
+                sample.boot_ns - known.anchor.boot_ns > DARK_TICKS * tick_ns
+            )
+            frozen = standing_still(known.anchor, sample, dark=dark)
+            whose = holders(known.anchor, sample, claims[key], ended, dark=dark)
+            piece = slice_between(known.anchor, sample, whose, unix_ns, dark=dark, frozen=frozen)
+            anchor = msgspec.structs.replace(anchor, frozen=frozen)
         slices.append(piece)
-        window = known.window
-        if window is not None and not fits(window, piece):
-            closed.extend(window_records(window))
-            window = None
-        devices[key] = DeviceState(anchor=anchor, window=extended(window, piece))
-    sampled = {sample.device.key for sample in node.samples}
-    for key, device in state.devices.items():
-        if key not in sampled and node.boot_ns - device.anchor.boot_ns > GAP_AFTER_NS:
-            devices[key] = _given_up(device, node, closed)
+        devices[key] = _extended(known.window, piece, anchor, closed)
+    _go_on_without(node, devices, closed, slices)
     return MeterState(boot_id=state.boot_id, devices=devices, closed=tuple(closed)), tuple(slices)
+
+
+def halt(state: MeterState, reason: str) -> MeterState:
+    """Counting stops here on purpose: the time up to each device's next sample is a gap.
+
+    Nothing bridges it, whatever the counters say afterwards: the gap is the evidence. It belongs
+    to whoever held the device alone at the last reading, else to nobody.
+    """
+    devices = {
+        key: DeviceState(
+            anchor=msgspec.structs.replace(
+                device.anchor,
+                cycles=None,
+                energy_mj=None,
+                energy_counter_mj=None,
+                power_mw=None,
+                halted=reason,
+                frozen=(),
+            ),
+            window=device.window,
+        )
+        for key, device in state.devices.items()
+    }
+    return msgspec.structs.replace(state, devices=devices)
 
 
 def close_windows(state: MeterState) -> MeterState:
@@ -157,119 +184,118 @@ def is_due(state: MeterState, now_unix_ns: int, window_minutes: int) -> bool:
     ) or (bool(state.closed) and not any(device.window for device in state.devices.values()))
 
 
-# --- slices ----------------------------------------------------------------------------------
+# --- devices ---------------------------------------------------------------------------------
 
 
-def _slice(
-    anchor: Anchor, sample: GpuSample, claims: tuple[Claim, ...], unix_ns: int, *, dark: bool
-) -> Slice:
-    absent = dict(sample.absent)
-    flags: list[str] = []
-    tier, micro, derived = _cycles_between(anchor, sample, absent, flags, dark=dark)
-    energy = _energy_between(anchor, sample, absent, flags)
-    if dark:
-        flags.append("recovered")
-    span_ns = sample.boot_ns - anchor.boot_ns
-    if abs((unix_ns - anchor.unix_ns) - span_ns) > CLOCK_STEP_MS * NS_PER_MS:
-        flags.append("clock_stepped")
-    return Slice(
+def _relay(node: NodeSample, devices: dict[str, DeviceState], closed: list[Closed]) -> None:
+    """Where a GPU was divided anew, its old devices end and the new ones begin there."""
+    change = relaid(node, {key: device.anchor for key, device in devices.items()})
+    for key in change.ended:
+        window = devices.pop(key).window
+        closed.extend([] if window is None else window_records(window))
+    closed.extend(change.gaps)
+    for anchor in change.begun:
+        devices[anchor.device.key] = DeviceState(anchor=anchor, window=None)
+
+
+def _anchor(sample: GpuSample, unix_ns: int, claims: tuple[Claim, ...]) -> Anchor:
+    return Anchor(
         device=sample.device,
-        start_boot_ns=anchor.boot_ns,
-        start_unix_ns=anchor.unix_ns,
-        end_boot_ns=sample.boot_ns,
-        end_unix_ns=unix_ns,
+        boot_ns=sample.boot_ns,
+        unix_ns=unix_ns,
+        cycles=sample.cycles,
+        energy_mj=sample.energy_mj,
+        energy_counter_mj=sample.energy_counter_mj,
+        cycles_tier=counting_tier(sample),
+        power_mw=sample.power_mw,
+        sm_clock_khz=sample.sm_clock_khz,
+        uncertain_cycles=sample.uncertain_cycles,
+        processes=sample.processes,
         claims=claims,
-        tier=tier,
-        micro_cycles=micro,
-        derived=derived,
-        energy_mj=energy,
-        energy_counter_mj=sample.energy_mj,
-        sm_clock_khz=None if dark else sample.sm_clock_khz,
-        absent=absent,
-        flags=tuple(sorted(set(flags))),
     )
 
 
-def _cycles_between(
-    anchor: Anchor, sample: GpuSample, absent: dict[str, str], flags: list[str], *, dark: bool
-) -> tuple[Tier, dict[str, int], bool]:
-    """Tier, micro-cycles by field, and whether they are derived rather than counted."""
-    if sample.tier == "gpm_cycles" and sample.cycles is not None and anchor.cycles is not None:
-        counted = _counted(anchor.cycles, sample.cycles, absent)
-        if counted is not None:
-            return "gpm_cycles", counted, False
-        flags.append("counter_reset")
-        absent["cycles"] = "counter_restarted"
-    elif sample.utilization is not None and not dark:
-        if sample.sm_clock_khz is None or sample.device.sm_count is None:
-            absent["cycles"] = "no_sm_clock_or_count"
-        else:
-            span_ns = sample.boot_ns - anchor.boot_ns
-            elapsed = sample.device.sm_count * sample.sm_clock_khz * span_ns
-            micro = {"elapsed": elapsed}
-            for name, ratio in sample.utilization.items():
-                micro[name] = elapsed * ratio.numerator // ratio.denominator
-            return sample.tier, micro, True
-    elif dark:
-        absent["cycles"] = "dark_time"
-    elif sample.cycles is not None:
-        absent["cycles"] = "first_reading"
-    else:
-        absent.setdefault("cycles", "no_activity_counter")
-    return "none", {}, False
+def _extended(
+    window: Window | None, piece: Slice, anchor: Anchor, closed: list[Closed]
+) -> DeviceState:
+    """The device after one more slice; a window that it does not fit is closed."""
+    if window is not None and not fits(window, piece):
+        closed.extend(window_records(window))
+        window = None
+    return DeviceState(anchor=anchor, window=extended(window, piece))
 
 
-def _counted(before: Cycles, now: Cycles, absent: dict[str, str]) -> dict[str, int] | None:
-    """Counted micro-cycles by field; None when a counter restarted."""
-    micro: dict[str, int] = {}
-    for name in CYCLE_FIELDS:
-        earlier: int | None = getattr(before, name)
-        later: int | None = getattr(now, name)
-        if earlier is None or later is None:
-            absent.setdefault(f"cycles.{name}", "not_readable_at_both_ends")
+def _carrying(device: DeviceState, flags: tuple[str, ...]) -> DeviceState:
+    """The device with flags that its next slice will have."""
+    if not flags:
+        return device
+    carried = tuple(sorted({*device.anchor.flags, *flags}))
+    anchor = msgspec.structs.replace(device.anchor, flags=carried)
+    return DeviceState(anchor=anchor, window=device.window)
+
+
+def _go_on_without(
+    node: NodeSample,
+    devices: dict[str, DeviceState],
+    closed: list[Closed],
+    slices: list[Slice],
+) -> None:
+    """What becomes of devices without a sample: halted time is told as it passes, dark time waits.
+
+    A device that is first met while metering is paused begins with the pause.
+    """
+    sampled = {sample.device.key for sample in node.samples}
+    reasons: dict[str, str] = {}
+    for failure in node.failures:
+        key = failure.device.key
+        reasons[key] = failure.reason
+        if key in devices:
+            devices[key] = _carrying(devices[key], reported(failure))
+    for key, device in list(devices.items()):
+        anchor = device.anchor
+        if key in sampled or node.boot_ns <= anchor.boot_ns:
             continue
-        delta = counter_delta(earlier, later)
-        if delta.restarted:
-            return None
-        micro[name] = delta.amount * MICRO
-    return micro
+        reason = reasons.get(key) or node.failure or "not_seen"
+        if anchor.halted is not None:
+            piece = halted_slice(anchor, node.boot_ns, node.unix_ns, reason)
+            slices.append(piece)
+            later = msgspec.structs.replace(
+                anchor, boot_ns=node.boot_ns, unix_ns=node.unix_ns, flags=()
+            )
+            devices[key] = _extended(device.window, piece, later, closed)
+        elif node.boot_ns - anchor.boot_ns > GAP_AFTER_NS:
+            devices[key] = _given_up(device, node, reason, closed)
+    for failure in node.failures:
+        if failure.reason == PAUSED and failure.device.key not in devices:
+            begun = _unread(failure.device, node)
+            devices[failure.device.key] = DeviceState(
+                anchor=msgspec.structs.replace(begun, halted=PAUSED), window=None
+            )
 
 
-def _energy_between(
-    anchor: Anchor, sample: GpuSample, absent: dict[str, str], flags: list[str]
-) -> int | None:
-    if sample.energy_mj is None or anchor.energy_mj is None:
-        absent.setdefault("energy", "not_readable_at_both_ends")
-        return None
-    delta = counter_delta(anchor.energy_mj, sample.energy_mj)
-    if delta.restarted:
-        flags.append("counter_reset")
-        absent["energy"] = "counter_restarted"
-        return None
-    return delta.amount
+def _unread(device: Device, node: NodeSample) -> Anchor:
+    """From this instant on nobody has read anything of the device."""
+    return Anchor(
+        device=device,
+        boot_ns=node.boot_ns,
+        unix_ns=node.unix_ns,
+        cycles=None,
+        energy_mj=None,
+        watched=False,
+    )
 
 
-def _given_up(device: DeviceState, node: NodeSample, closed: list[Closed]) -> DeviceState:
+def _given_up(
+    device: DeviceState, node: NodeSample, reason: str, closed: list[Closed]
+) -> DeviceState:
     """A device that has been dark for an hour: the time so far is a gap, whatever comes later.
 
     Its counters are let go with it, so that what they bridge later is not counted twice.
     """
     anchor = device.anchor
     closed.extend([] if device.window is None else window_records(device.window))
-    reasons = {failure.device.key: failure.reason for failure in node.failures}
-    reason = reasons.get(anchor.device.key) or node.failure or "not_seen"
     closed.append(boot_gap(anchor, node.boot_ns, reason))
-    return DeviceState(
-        anchor=Anchor(
-            device=anchor.device,
-            boot_ns=node.boot_ns,
-            unix_ns=node.unix_ns,
-            cycles=None,
-            energy_mj=None,
-            watched=False,
-        ),
-        window=None,
-    )
+    return DeviceState(anchor=_unread(anchor.device, node), window=None)
 
 
 def records_of(closed: Iterable[Closed]) -> list[AgentRecord]:

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import threading
 from collections import defaultdict
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import msgspec
 
-from flopledger_agent.windows import MICRO, shares
+from flopledger_agent.layouts import part
+from flopledger_agent.windows import MICRO, MW_NS_PER_MJ, shares
 from flopledger_core.records import Cycles
 
 if TYPE_CHECKING:
@@ -21,7 +22,12 @@ if TYPE_CHECKING:
 
     from flopledger_agent.gpus.interface import NodeSample
     from flopledger_agent.windows import Slice
-    from flopledger_core.records import Device
+    from flopledger_core.records import Device, EnergyOrigin
+
+# One device shows few of the XIDs there are: more are counted together, so that the page stays
+# bounded whatever a driver says.
+XIDS_PER_DEVICE_MAX: Final = 32
+OTHER_XIDS: Final = "other"
 
 
 class WorkKey(msgspec.Struct, frozen=True, kw_only=True):
@@ -37,11 +43,14 @@ class MeterCounts(msgspec.Struct, frozen=True, kw_only=True):
 
     cycles: dict[WorkKey, Cycles]
     counted_ns: dict[WorkKey, int]  # device time that the cycles were counted in
-    energy_mj: dict[Device, int]
+    energy_mj: dict[Device, int]  # by the counter, else by the integral of sampled power
     time_ns: dict[tuple[Device, str], int]  # by device and kind of owner
     dark_ns: dict[tuple[Device, str], int]  # time without activity counters, by reason
-    failures: dict[tuple[str, str], int]  # by device uuid and reason
+    failures: dict[tuple[str, str], int]  # by device key and reason
     last_sample_unix_ns: dict[Device, int]
+    # Where the counter and sampled power told of the same time: what each of them said.
+    energy_check_mj: dict[tuple[Device, EnergyOrigin], int] = {}
+    xids: dict[tuple[str, str], int] = {}  # by device key and XID; see XIDS_PER_DEVICE_MAX
 
 
 class Meters:
@@ -52,10 +61,14 @@ class Meters:
         self._micro: dict[WorkKey, dict[str, int]] = defaultdict(lambda: defaultdict(int))
         self._counted_ns: dict[WorkKey, int] = defaultdict(int)
         self._energy_mj: dict[Device, int] = defaultdict(int)
+        self._power_twice_mw_ns: dict[Device, int] = defaultdict(int)  # where no counter told
+        self._checked_mj: dict[Device, int] = defaultdict(int)
+        self._checked_twice_mw_ns: dict[Device, int] = defaultdict(int)
         self._time_ns: dict[tuple[Device, str], int] = defaultdict(int)
         self._dark_ns: dict[tuple[Device, str], int] = defaultdict(int)
         self._failures: dict[tuple[str, str], int] = defaultdict(int)
         self._last_unix_ns: dict[Device, int] = {}
+        self._xids: dict[str, dict[str, int]] = defaultdict(lambda: defaultdict(int))
 
     def add(self, node: NodeSample, slices: Iterable[Slice]) -> None:
         """Count one tick."""
@@ -64,7 +77,10 @@ class Meters:
             for sample in node.samples:
                 self._last_unix_ns[sample.device] = sample.boot_ns + offset_ns
             for failure in node.failures:
-                self._failures[failure.device.uuid, failure.reason] += 1
+                self._failures[failure.device.key, failure.reason] += 1
+                self._add_xids(failure.device.key, failure.xids)
+            for sample in node.samples:
+                self._add_xids(sample.device.key, sample.xids)
             for piece in slices:
                 self._add_slice(piece)
 
@@ -77,12 +93,49 @@ class Meters:
                     for key, micro in self._micro.items()
                 },
                 counted_ns=dict(self._counted_ns),
-                energy_mj=dict(self._energy_mj),
+                energy_mj=self._energies(),
+                energy_check_mj=self._checks(),
                 time_ns=dict(self._time_ns),
                 dark_ns=dict(self._dark_ns),
                 failures=dict(self._failures),
                 last_sample_unix_ns=dict(self._last_unix_ns),
+                xids={
+                    (key, xid): number
+                    for key, xids in self._xids.items()
+                    for xid, number in xids.items()
+                },
             )
+
+    def _add_xids(self, key: str, xids: tuple[int, ...]) -> None:
+        counts = self._xids[key] if xids else {}
+        for xid in xids:
+            known = str(xid) in counts or len(counts) < XIDS_PER_DEVICE_MAX
+            counts[str(xid) if known else OTHER_XIDS] += 1
+
+    def _energies(self) -> dict[Device, int]:
+        sums = dict(self._energy_mj)
+        for device, twice in self._power_twice_mw_ns.items():
+            sums[device] = sums.get(device, 0) + twice // (2 * MW_NS_PER_MJ)
+        return sums
+
+    def _checks(self) -> dict[tuple[Device, EnergyOrigin], int]:
+        sums: dict[tuple[Device, EnergyOrigin], int] = {}
+        for device, amount in self._checked_mj.items():
+            sums[device, "counter"] = amount
+            twice = self._checked_twice_mw_ns[device]
+            sums[device, "power_integral"] = twice // (2 * MW_NS_PER_MJ)
+        return sums
+
+    def _add_energy(self, piece: Slice) -> None:
+        twice = piece.power_twice_mw_ns
+        if piece.energy_mj is None:
+            if twice is not None:
+                self._power_twice_mw_ns[piece.device] += twice
+            return
+        self._energy_mj[piece.device] += piece.energy_mj
+        if twice is not None and piece.energy_scope == "gpu":
+            self._checked_mj[piece.device] += piece.energy_mj
+            self._checked_twice_mw_ns[piece.device] += twice
 
     def _add_slice(self, piece: Slice) -> None:
         span_ns = piece.end_boot_ns - piece.start_boot_ns
@@ -91,18 +144,21 @@ class Meters:
             WorkKey(device=piece.device, tier=piece.tier, precision=claim.precision)
             for claim in piece.claims
         ]
-        times = shares(span_ns, weights)
-        for claim, key, part_ns in zip(piece.claims, keys, times, strict=True):
-            self._time_ns[piece.device, claim.owner.kind] += part_ns
+        device = piece.device
+        own_ns = part(device, piece.end_boot_ns) - part(device, piece.start_boot_ns)
+        spans = shares(span_ns, weights)
+        for claim, key, own, span in zip(
+            piece.claims, keys, shares(own_ns, weights), spans, strict=True
+        ):
+            self._time_ns[device, claim.owner.kind] += own
             if piece.micro_cycles:
-                self._counted_ns[key] += part_ns
+                self._counted_ns[key] += span
         if not piece.micro_cycles:
-            self._dark_ns[piece.device, piece.absent.get("cycles", "unknown")] += span_ns
-        if piece.energy_mj is not None:
-            self._energy_mj[piece.device] += piece.energy_mj
+            self._dark_ns[device, piece.absent.get("cycles", "unknown")] += own_ns
+        self._add_energy(piece)
         if not piece.micro_cycles:
             return  # a key without counts would be shown as a count of zero
         works = [self._micro[key] for key in keys]
         for name, amount in piece.micro_cycles.items():
-            for sums, part in zip(works, shares(amount, weights), strict=True):
-                sums[name] += part
+            for sums, share in zip(works, shares(amount, weights), strict=True):
+                sums[name] += share

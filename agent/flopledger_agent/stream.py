@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Final
 
 import msgspec
 
+from flopledger_agent.host.metering import EMPTY_HOST, HostState
 from flopledger_agent.metering import MeterState, empty_state
 from flopledger_agent.spool import file_name
 from flopledger_agent.windows import Closed
@@ -31,7 +32,7 @@ from flopledger_core.batch import (
     seal,
 )
 from flopledger_core.errors import InvalidInput
-from flopledger_core.records import AgentRecord
+from flopledger_core.records import AgentRecord, HostRecord
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -55,6 +56,7 @@ class Memory(msgspec.Struct, frozen=True, kw_only=True):
     ledger_id: str | None
     key_fingerprint: str | None  # whose signatures the stream carries
     meter: MeterState
+    host: HostState = EMPTY_HOST
 
 
 class Seal(msgspec.Struct, frozen=True, kw_only=True):
@@ -106,6 +108,7 @@ def succeed(memory: Memory, stream_id: str, *, ledger_id: str | None, fingerprin
         ledger_id=ledger_id,
         key_fingerprint=fingerprint,
         meter=memory.meter,
+        host=memory.host,
     )
 
 
@@ -232,7 +235,8 @@ def sift(closed: Sequence[Closed]) -> tuple[tuple[Closed, ...], tuple[Closed, ..
 
 def _window_of(item: Closed) -> tuple[str, int | None, int]:
     record = item.record
-    return record.device.key, record.start_boot_ms, record.end_unix_ms
+    key = "host" if isinstance(record, HostRecord) else record.device.key
+    return key, record.start_boot_ms, record.end_unix_ms
 
 
 def prepare(disk: Disk, after: Memory) -> None:

@@ -15,20 +15,34 @@ from flopledger_agent.attribution.interface import Claim, same_owners
 from flopledger_core.identity import UNATTRIBUTED_OWNER
 from flopledger_core.records import (
     NO_CYCLES,
+    AgentRecord,
     Attribution,
     Cycles,
     CyclesOrigin,
     Device,
+    EnergyOrigin,
+    EnergyScope,
     GapRecord,
     Tier,
     UsageRecord,
 )
-from flopledger_core.units import MS_PER_MINUTE, NS_PER_MS
+from flopledger_core.units import MS_PER_MINUTE, NS_PER_MS, NS_PER_SECOND, ceil_div
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
 MICRO: Final = 1_000_000  # window sums are kept in millionths of an SM-cycle, so slices add exactly
+
+MW_NS_PER_MJ: Final = 1_000_000_000  # a milliwatt for a second is a millijoule
+
+# The check of the energy counter against integrated power. Sensors are accurate to 5 % (pynvml
+# documentation), the counter moves every 20 to 100 ms: a tenth of a one-second window, a hundredth
+# of ten seconds. So a difference of more than a tenth over ten seconds is no sensor's tolerance.
+CROSS_CHECK_AFTER_NS: Final = 10 * NS_PER_SECOND
+CROSS_CHECK_PER_MILLE: Final = 100
+# Power is a mean of the second before (Ampere and later, but not GA100): where the load changed at
+# an edge of the window, the integral has up to a second of the old load in it.
+POWER_AVERAGING_NS: Final = NS_PER_SECOND
 
 UNKNOWN_CLAIM: Final = Claim(
     owner=UNATTRIBUTED_OWNER,
@@ -50,7 +64,18 @@ class Anchor(msgspec.Struct, frozen=True, kw_only=True):
     unix_ns: int
     cycles: Cycles | None
     energy_mj: int | None
+    energy_counter_mj: int | None = None  # the whole GPU's, of which `energy_mj` may be a part
+    cycles_tier: Tier = "gpm_cycles"  # whose counters `cycles` are: two sources' never mix
     watched: bool = True  # False: nobody watched the device from here to its next sample
+    power_mw: int | None = None
+    sm_clock_khz: int | None = None
+    uncertain_cycles: int = 0  # of the cycle counters at this reading
+    processes: tuple[int, ...] | None = None  # who was on the device; None: not known
+    claims: tuple[Claim, ...] = ()  # what those processes led to
+    # Why counting was stopped on purpose here: nothing bridges the time to the next sample.
+    halted: str | None = None
+    frozen: tuple[str, ...] = ()  # counters that answered but stood still: "cycles", "energy"
+    flags: tuple[str, ...] = ()  # of a reading that ended no slice; the next one carries them
 
 
 class Slice(msgspec.Struct, frozen=True, kw_only=True):
@@ -70,6 +95,22 @@ class Slice(msgspec.Struct, frozen=True, kw_only=True):
     sm_clock_khz: int | None
     absent: dict[str, str]
     flags: tuple[str, ...]
+    energy_scope: EnergyScope = "gpu"  # of the counter; sampled power is always the GPU's
+    power_start_mw: int | None = None  # both None where power tells nothing about this slice
+    power_end_mw: int | None = None
+    uncertain_start_cycles: int = 0  # how far the counters may lie from the truth at each end
+    uncertain_end_cycles: int = 0
+
+    @property
+    def power_twice_mw_ns(self) -> int | None:
+        """Twice the trapezoid under sampled power, in mW x ns: exact integers without halves.
+
+        Power is read of the whole GPU; a part of a partitioned one gets its slices' part of it.
+        """
+        if self.power_start_mw is None or self.power_end_mw is None:
+            return None
+        span_ns = self.end_boot_ns - self.start_boot_ns
+        return _part(self.device, (self.power_start_mw + self.power_end_mw) * span_ns)
 
     @property
     def shape(self) -> tuple[object, ...]:
@@ -80,6 +121,8 @@ class Slice(msgspec.Struct, frozen=True, kw_only=True):
             self.derived,
             tuple(sorted(self.micro_cycles)),
             self.energy_mj is None,
+            self.energy_scope,
+            self.power_twice_mw_ns is None,
             self.sm_clock_khz is None,
             tuple(sorted(self.absent.items())),
             self.flags,
@@ -94,6 +137,7 @@ class Window(msgspec.Struct, frozen=True, kw_only=True):
     micro_cycles: dict[str, int]
     energy_mj: int | None
     clock_khz_ns: int
+    power_twice_mw_ns: int | None = None  # sum of the slices'
 
     @property
     def minute(self) -> int:
@@ -104,7 +148,7 @@ class Window(msgspec.Struct, frozen=True, kw_only=True):
 class Closed(msgspec.Struct, frozen=True, kw_only=True):
     """A finished record and the user's name that will be sealed beside it."""
 
-    record: UsageRecord | GapRecord
+    record: AgentRecord
     user: str | None
 
 
@@ -148,7 +192,9 @@ def extended(window: Window | None, piece: Slice) -> Window:
             micro_cycles=dict(piece.micro_cycles),
             energy_mj=piece.energy_mj,
             clock_khz_ns=clock,
+            power_twice_mw_ns=piece.power_twice_mw_ns,
         )
+    power = piece.power_twice_mw_ns
     return Window(
         first=window.first,
         last=piece,
@@ -157,6 +203,7 @@ def extended(window: Window | None, piece: Slice) -> Window:
         },
         energy_mj=None if piece.energy_mj is None else (window.energy_mj or 0) + piece.energy_mj,
         clock_khz_ns=window.clock_khz_ns + clock,
+        power_twice_mw_ns=None if power is None else (window.power_twice_mw_ns or 0) + power,
     )
 
 
@@ -168,18 +215,24 @@ def window_records(window: Window) -> list[Closed]:
     if end_ms == start_ms:
         return []  # shorter than a millisecond: its counts stay below what a record can place
     claims = sorted(first.claims, key=_claim_order)
-    if not window.micro_cycles and window.energy_mj is None:
+    energy = _energy(window)
+    if not window.micro_cycles and energy.amount_mj is None:
         return [_gap(window, claims, start_ms, end_ms)]
     weights = [claim.weight for claim in claims]
-    times = shares(end_ms - start_ms, weights)
+    times = shares(_part(first.device, end_ms) - _part(first.device, start_ms), weights)
     cycles = {
         name: shares(amount // MICRO, weights) for name, amount in window.micro_cycles.items()
     }
-    energies = None if window.energy_mj is None else shares(window.energy_mj, weights)
+    energies = _shared(energy.amount_mj, weights)
+    powers = _shared(energy.integral_mj, weights)
     span_ns = max(1, last.end_boot_ns - first.start_boot_ns)
     result: list[Closed] = []
     for index, claim in enumerate(claims):
-        flags = {*first.flags, *claim.flags, *(("shared",) if len(claims) > 1 else ())}
+        flags = {*first.flags, *energy.flags, *claim.flags}
+        if len(claims) > 1:
+            flags.add("shared")
+        if energy.amount_mj is not None and _is_part(first.device):
+            flags.add("apportioned")
         record = UsageRecord(
             device=first.device,
             start_unix_ms=first.start_unix_ns // NS_PER_MS,
@@ -196,15 +249,101 @@ def window_records(window: Window) -> list[Closed]:
             cycles=_cycles(cycles, index),
             cycles_origin=_cycles_origin(window),
             energy_mj=None if energies is None else energies[index],
-            energy_origin="absent" if energies is None else "counter",
+            energy_origin=energy.origin,
             energy_counter_mj=last.energy_counter_mj,
+            energy_scope=energy.scope,
+            power_integral_mj=None if powers is None else powers[index],
             sm_clock_khz=None if first.sm_clock_khz is None else window.clock_khz_ns // span_ns,
-            absent=dict(sorted({**first.absent, "allocated_time": "no_scheduler_source"}.items())),
+            uncertain_cycles=_uncertain_cycles(window, claim.weight, sum(weights)),
+            absent=dict(sorted({**energy.absent, "allocated_time": "no_scheduler_source"}.items())),
             flags=tuple(sorted(flags)),
             user_commitment=None,
         )
         result.append(Closed(record=record, user=claim.user))
     return result
+
+
+class _Energy(msgspec.Struct, frozen=True, kw_only=True):
+    """A window's energy, where it comes from, and what its cross-check says."""
+
+    amount_mj: int | None
+    origin: EnergyOrigin
+    scope: EnergyScope
+    integral_mj: int | None
+    flags: tuple[str, ...]
+    absent: dict[str, str]
+
+
+def _energy(window: Window) -> _Energy:
+    """The counter's energy, else the integral of sampled power, else none.
+
+    What the integral deserves as bounds (`energy_origin` "power_integral"): power at the samples
+    says nothing about the time between them (a sensor that averages looks at a quarter of it), so
+    low is 0 and high is the power limit times the time; only the central value is the integral.
+    """
+    first = window.first
+    absent = dict(first.absent)
+    twice = window.power_twice_mw_ns
+    integral_mj = None if twice is None else twice // (2 * MW_NS_PER_MJ)
+    if window.energy_mj is None and integral_mj is not None:
+        if "energy" in absent:  # it is the counter that is absent, not the energy
+            absent["energy_counter"] = absent.pop("energy")
+        return _Energy(
+            amount_mj=integral_mj,
+            origin="power_integral",
+            scope="gpu",
+            integral_mj=integral_mj,
+            flags=(),
+            absent=absent,
+        )
+    checked = window.energy_mj is not None and integral_mj is not None
+    if checked and first.energy_scope != "gpu":
+        absent["energy_cross_check"] = "module_counter"  # CPU and memory are in it, not in power
+        checked = False
+    return _Energy(
+        amount_mj=window.energy_mj,
+        origin="absent" if window.energy_mj is None else "counter",
+        scope=first.energy_scope,
+        integral_mj=integral_mj,
+        flags=("energy_cross_check",) if checked and _disagrees(window) else (),
+        absent=absent,
+    )
+
+
+def _disagrees(window: Window) -> bool:
+    """Whether counter and integral of a long enough window lie further apart than meters do."""
+    first, last = window.first, window.last
+    if last.end_boot_ns - first.start_boot_ns < CROSS_CHECK_AFTER_NS:
+        return False
+    counted = (window.energy_mj or 0) * 2 * MW_NS_PER_MJ
+    apart = abs(counted - (window.power_twice_mw_ns or 0))
+    swing_mw = abs((last.power_end_mw or 0) - (first.power_start_mw or 0))
+    edges = _part(first.device, 2 * swing_mw * POWER_AVERAGING_NS)
+    return apart * 1000 > counted * CROSS_CHECK_PER_MILLE + edges * 1000
+
+
+def _uncertain_cycles(window: Window, weight: int, weights: int) -> int:
+    """How far each counted sum may lie from the truth: what its two ends may, at most.
+
+    Slices telescope: every reading between the ends is added once and subtracted once. Only
+    counted cycles have ends; derived ones are bounded by their tier.
+    """
+    if window.first.derived or not window.micro_cycles:
+        return 0
+    ends = window.first.uncertain_start_cycles + window.last.uncertain_end_cycles
+    return ceil_div(ends * weight, weights)
+
+
+def _shared(total: int | None, weights: Sequence[int]) -> list[int] | None:
+    return None if total is None else shares(total, weights)
+
+
+def _is_part(device: Device) -> bool:
+    return device.slices is not None and device.slices.count < device.slices.of_count
+
+
+def _part(device: Device, whole: int) -> int:
+    return whole if device.slices is None else device.slices.part(whole)
 
 
 def _cycles(parts: dict[str, list[int]], index: int) -> Cycles:
@@ -257,7 +396,11 @@ def boot_gap(anchor: Anchor, now_boot_ns: int, reason: str) -> Closed:
     """Dark time inside one boot, from a device's last reading."""
     start_ms = anchor.boot_ns // NS_PER_MS
     return _dark_gap(
-        anchor, now_boot_ns // NS_PER_MS - start_ms, reason, start_boot_ms=start_ms, flags=()
+        anchor,
+        now_boot_ns // NS_PER_MS - start_ms,
+        reason,
+        start_boot_ms=start_ms,
+        flags=anchor.flags,
     )
 
 

@@ -10,12 +10,18 @@ different quantities, never mixed and never averaged.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from fractions import Fraction
 from typing import Final, Literal
 
 import msgspec
 
-from flopledger_core.accelerators import Accelerator, AcceleratorTable
+from flopledger_core.accelerators import (
+    TENSOR_FLOAT_PRECISIONS,
+    Accelerator,
+    AcceleratorTable,
+    RateSpan,
+)
 from flopledger_core.bounds import Bounds
 from flopledger_core.errors import InvalidInput, UnknownName
 from flopledger_core.flop import FLOP_MODEL_VERSION
@@ -186,22 +192,26 @@ def require_amount(field: str, value: Amount) -> Fraction:
 def precisions_of(table: AcceleratorTable, device: Accelerator) -> dict[str, tuple[str, int, int]]:
     """What a device offers, by precision: pipe, FLOP per cycle and SM, clock of its peak in MHz.
 
-    Datasheets quote general tensor peaks at the tensor clock, FP64 and FP32 at the maximum clock.
+    Rates are the model's own, where it is an exception to its architecture; clocks those that its
+    datasheet quotes each peak at.
     """
-    architecture = table.architecture_of(device)
-    offered = {
-        precision: ("tensor", rate, device.tensor_clock_mhz)
-        for precision, rate in architecture.tensor_float_rates().items()
+    names = {precision: f"tensor_{precision}" for precision in TENSOR_FLOAT_PRECISIONS}
+    spans = table.of_row(device).spans
+    tensor, cores = (_central(spans, name) for name in ("tensor_fp64", "fp64"))
+    names |= {"fp64": "tensor_fp64" if tensor >= cores else "fp64", "fp32": "fp32"}
+    return {
+        precision: (
+            "tensor" if name.startswith("tensor_") else "cores",
+            _central(spans, name),
+            device.quoted_clock_mhz(name),
+        )
+        for precision, name in names.items()
+        if _central(spans, name)
     }
-    tensor_fp64 = architecture.tensor_rate("fp64") or 0
-    cores_fp64 = architecture.flop_per_cycle_per_sm.get("fp64", 0)
-    if max(tensor_fp64, cores_fp64):
-        pipe = "tensor" if tensor_fp64 else "cores"
-        offered["fp64"] = (pipe, max(tensor_fp64, cores_fp64), device.max_sm_clock_mhz)
-    if "fp32" in architecture.flop_per_cycle_per_sm:
-        rate = architecture.flop_per_cycle_per_sm["fp32"]
-        offered["fp32"] = ("cores", rate, device.max_sm_clock_mhz)
-    return offered
+
+
+def _central(spans: Mapping[str, RateSpan], name: str) -> int:
+    return spans[name].central_per_cycle if name in spans else 0
 
 
 def _offer(table: AcceleratorTable, device: Accelerator, precision: str) -> tuple[str, int, int]:
@@ -254,8 +264,13 @@ def _peak(
 def _peak_at_maximum_clock(
     table: AcceleratorTable, device: Accelerator, precision: str
 ) -> Fraction:
-    _, rate, _ = _offer(table, device, precision)
-    return Fraction(device.sm_count * rate * device.max_sm_clock_mhz * HZ_PER_MHZ)
+    """The most a device could reach: its fastest instructions, or the ceiling of its model."""
+    pipe, _, _ = _offer(table, device, precision)
+    name = f"tensor_{precision}" if pipe == "tensor" else precision
+    rate = table.of_row(device).span(name).high_per_cycle
+    most = Fraction(device.max_sm_cycles_per_us * rate * HZ_PER_MHZ)
+    ceiling = device.ceiling_tera_per_second.get(name)
+    return most if ceiling is None else min(most, Fraction(ceiling) * 10**12)
 
 
 def _peak_document(peak: PeakBasis) -> dict[str, object]:

@@ -87,6 +87,7 @@ class LedgerCollector(Collector):
     def collect(self) -> Iterator[Metric]:
         """Every family of the page."""
         yield from self._totals()
+        yield from self._metered()
         yield from self._instruments()
         yield from self._budgets()
         yield from self._accounts()
@@ -105,7 +106,7 @@ class LedgerCollector(Collector):
             ("project", "policy", "bound"),
         )
         energy = _gauge(
-            "flopledger_project_energy_joules", "Energy at the chip, what is known.", ("project",)
+            "flopledger_project_energy_joules", "Energy at the GPU, what is known.", ("project",)
         )
         time = _gauge("flopledger_project_gpu_seconds", "GPU time, what is known.", ("project",))
         cost = _gauge(
@@ -117,14 +118,50 @@ class LedgerCollector(Collector):
                 labels = (project, found.view.policy_id)
                 _add_bounds(flop, labels, found.view.total)
                 _add_bounds(integer, labels, found.integer_operations)
-            known = finite_or_infinite(one.usage.energy_mj.central, MJ_PER_JOULE)
-            energy.add_metric((project,), known)
-            known = finite_or_infinite(one.usage.gpu_time_ms.central, MS_PER_SECOND)
-            time.add_metric((project,), known)
+            for family, quantity, amount, divisor in (
+                (energy, "energy_mj", one.usage.energy_mj, MJ_PER_JOULE),
+                (time, "gpu_time_ms", one.usage.gpu_time_ms, MS_PER_SECOND),
+            ):
+                if not one.usage.records or one.usage.known(quantity, amount) is not None:
+                    family.add_metric((project,), finite_or_infinite(amount.central, divisor))
             for currency, cents in one.usage.cost_cents.items():
                 known = finite_or_infinite(cents.central, CENTS_PER_UNIT)
                 cost.add_metric((project, currency), known)
         yield from (flop, integer, energy, time, cost)
+
+    def _metered(self) -> Iterator[Metric]:
+        """What meters of pipes, nodes and modules say of each project, before any policy."""
+        pipes = _gauge(
+            "flopledger_project_pipe_flop",
+            "Executed FLOP of a project by tensor pipes and by CUDA cores, before any policy.",
+            ("project", "pipe", "bound"),
+        )
+        energy = _gauge(
+            "flopledger_project_boundary_energy_joules",
+            "Energy of a project at each boundary; boundaries contain each other.",
+            ("project", "boundary", "bound"),
+        )
+        cpu = _gauge(
+            "flopledger_project_cpu_seconds",
+            "CPU time of nodes that a project used.",
+            ("project", "bound"),
+        )
+        stand_ins = _gauge(
+            "flopledger_project_stand_in_records",
+            "Records of devices that the hardware table lacks and an architecture stands in for.",
+            ("project",),
+        )
+        for one in self._projects:
+            project, usage = one.info.project, one.usage
+            if usage.known("flop", usage.work.flop) is not None:
+                _add_bounds(pipes, (project, "tensor"), usage.work.flop_tensor)
+                _add_bounds(pipes, (project, "cuda_core"), usage.work.flop_cores)
+            for boundary, joules in one.energy_by_boundary.items():
+                _add_bounds(energy, (project, boundary), joules, MJ_PER_JOULE)
+            if one.known_cpu_time is not None:
+                _add_bounds(cpu, (project,), one.known_cpu_time, MS_PER_SECOND)
+            stand_ins.add_metric((project,), usage.stand_in_records)
+        yield from (pipes, energy, cpu, stand_ins)
 
     def _instruments(self) -> Iterator[Metric]:
         threshold = _gauge(
@@ -189,6 +226,12 @@ class LedgerCollector(Collector):
             "Time of enrolled devices that no job held.",
             finite_or_infinite(status.idle.gpu_time_ms.central, MS_PER_SECOND),
         )
+        if status.idle.known_cpu_time is not None:
+            yield _single(
+                "flopledger_idle_cpu_seconds",
+                "CPU time of enrolled nodes that no process used.",
+                finite_or_infinite(status.idle.cpu_time_ms.central, MS_PER_SECOND),
+            )
         yield _single(
             "flopledger_gap_gpu_seconds",
             "Device time that nobody metered, whoever owned it.",
@@ -286,10 +329,12 @@ def _info(name: str, documentation: str, labels: dict[str, str]) -> GaugeMetricF
     return family
 
 
-def _add_bounds(family: GaugeMetricFamily, labels: tuple[str, ...], bounds: Bounds) -> None:
-    family.add_metric((*labels, "low"), _number(bounds.low))
-    family.add_metric((*labels, "central"), _number(bounds.central))
-    high = float("inf") if bounds.high is None else _number(bounds.high)
+def _add_bounds(
+    family: GaugeMetricFamily, labels: tuple[str, ...], bounds: Bounds, divisor: int = 1
+) -> None:
+    family.add_metric((*labels, "low"), finite_or_infinite(bounds.low, divisor))
+    family.add_metric((*labels, "central"), finite_or_infinite(bounds.central, divisor))
+    high = float("inf") if bounds.high is None else finite_or_infinite(bounds.high, divisor)
     family.add_metric((*labels, "high"), high)
 
 

@@ -77,8 +77,14 @@ def clock_of(config: CollectorConfig) -> Clock:
     return SystemClock() if config.clock is None else ScaledClock(config.clock)
 
 
-def open_ledger(config: CollectorConfig, clock: Clock | None = None) -> LedgerHandle:
-    """Open the ledger of a configuration; founds it, key and tables included, at first use."""
+def open_ledger(
+    config: CollectorConfig, clock: Clock | None = None, table: AcceleratorTable | None = None
+) -> LedgerHandle:
+    """Open the ledger of a configuration; founds it, key and tables included, at first use.
+
+    Without a hardware table the packaged one is used. Totals follow the table; the journal does
+    not change with it.
+    """
     clock = clock_of(config) if clock is None else clock
     try:
         config.state_directory.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -87,7 +93,7 @@ def open_ledger(config: CollectorConfig, clock: Clock | None = None) -> LedgerHa
             "state.directory", config.state.directory, f"name a directory to write in ({error})"
         ) from error
     key = load_or_create_key(config.key_file)
-    table = load_table()
+    table = load_table() if table is None else table
     database = SqliteDatabase(config.database_url)
     try:
         database.migrate()

@@ -166,7 +166,7 @@ def _candidate(
         fingerprint=name,
         content=content,
         findings=findings(batch, table),
-        spans=spans(batch.records),
+        spans=spans(batch.records, node=header.node, boot_id=header.boot_id),
         boot_spans=boot_spans(batch.records),
         peer_is_loopback=peer_is_loopback,
     )

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Final, Literal, Protocol, TypeVar
 
 import msgspec
 
-from flopledger_core.records import GapRecord, UsageRecord
-from flopledger_core.validation import Finding
+from flopledger_core.records import GapRecord, HostRecord, UsageRecord
+from flopledger_core.validation import NOTED_CODES, Finding
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -24,9 +24,10 @@ KeyState = Literal["trusted", "revoked"]
 KeyHow = Literal["config", "first_use", "collector"]
 
 # Findings that are worth showing but take nothing out of a total.
-INFORMATIVE_CODES: Final = frozenset({"clock_skew"})
+INFORMATIVE_CODES: Final = frozenset({"clock_skew"}) | NOTED_CODES
 # Records that their author may not write at all: kept and listed, but nothing is folded from them.
 EXCLUDING_CODES: Final = frozenset({"wrong_author"})
+HOST_KEY: Final = "host"  # stands for the node itself where a stream's devices are named
 
 
 class LedgerIdentity(msgspec.Struct, frozen=True, kw_only=True):
@@ -191,33 +192,46 @@ class Journal(Protocol):
         ...
 
 
-def spans(records: Sequence[Record]) -> tuple[DeviceSpan, ...]:
-    """The device time that usage records claim."""
-    return tuple(
-        DeviceSpan(
-            device_key=record.device.key,
-            start_unix_ms=record.start_unix_ms,
-            end_unix_ms=record.end_unix_ms,
-            record_index=index,
+def spans(records: Sequence[Record], *, node: str, boot_id: str) -> tuple[DeviceSpan, ...]:
+    """The wall time of a device, or of the node itself, that records claim to have metered.
+
+    A GPU is one device to every stream, however it is partitioned. A node is known by its name
+    and its boot: two machines may share a name, and one machine may be told of as several.
+    """
+    found: list[DeviceSpan] = []
+    for index, record in enumerate(records):
+        if isinstance(record, UsageRecord):
+            key = record.device.uuid
+        elif isinstance(record, HostRecord):
+            key = f"{HOST_KEY}/{node}/{boot_id}"
+        else:
+            continue
+        found.append(
+            DeviceSpan(
+                device_key=key,
+                start_unix_ms=record.start_unix_ms,
+                end_unix_ms=record.end_unix_ms,
+                record_index=index,
+            )
         )
-        for index, record in enumerate(records)
-        if isinstance(record, UsageRecord)
-    )
+    return tuple(found)
 
 
 def boot_spans(records: Sequence[Record]) -> tuple[BootSpan, ...]:
-    """The boot time that usage and gap records cover, in the order they were sealed."""
+    """The boot time that usage, gap and host records cover, in the order they were sealed."""
     found: list[BootSpan] = []
     for index, record in enumerate(records):
         if isinstance(record, UsageRecord):
-            length_ms = record.window_ms
+            key, length_ms = record.device.key, record.window_ms
         elif isinstance(record, GapRecord):
-            length_ms = record.gap_ms
+            key, length_ms = record.device.key, record.gap_ms
+        elif isinstance(record, HostRecord):
+            key, length_ms = HOST_KEY, record.window_ms
         else:
             continue
         found.append(
             BootSpan(
-                device_key=record.device.key,
+                device_key=key,
                 start_unix_ms=record.start_unix_ms,
                 start_boot_ms=record.start_boot_ms,
                 end_boot_ms=(record.start_boot_ms or 0) + length_ms,

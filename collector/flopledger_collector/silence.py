@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Final
 
 import msgspec
 
+from flopledger_collector.ledger.hosts import cpu_time_was_read
 from flopledger_core.bounds import Bounds
 from flopledger_core.units import MS_PER_SECOND
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from flopledger_core.flop import Work
 
 DECLARED: Final = "declared"  # the tier whose lines hold nothing but declarations
+CPU_TIME: Final = "cpu_time_ms"
 
 # Quantity -> the sum that counts the declarations which state it, zero included.
 COUNTED: Final[dict[str, str]] = {
@@ -36,13 +38,25 @@ QUANTITIES: Final[dict[str, str]] = {
     "energy_mj": "energy",
     "gpu_time_ms": "GPU time",
     "integer_operations": "integer operations",
+    CPU_TIME: "CPU time",
 }
 
 
 def silent_records(line: Line, quantity: str) -> int:
-    """How many records of a line say nothing of a quantity; meters and gaps always speak."""
+    """How many records of a line say nothing of a quantity.
+
+    Meters and gaps of GPUs speak of everything but CPU time, nodes of nothing else. An energy
+    counter that reads a whole module does not speak of its GPU, and the counters of a device that
+    the hardware table lacks do not speak of operations.
+    """
+    if quantity == CPU_TIME:
+        return 0 if line.is_host and cpu_time_was_read(line.sums) else line.records
+    if line.is_host or (quantity == "energy_mj" and line.energy_boundary == "module"):
+        return line.records
     if line.tier != DECLARED:
-        return 0
+        # Nothing says what a device did that the hardware table lacks: raw counters alone.
+        lacking = line.accelerator is None and bool(line.device_name)
+        return line.records if lacking and quantity in COUNTED else 0
     if quantity in COUNTED:
         return max(0, line.records - line.sums.get(COUNTED[quantity], 0))
     return 0 if line.sums.get(STATED[quantity]) else line.records
@@ -55,10 +69,12 @@ def speaks_of(line: Line, quantity: str) -> bool:
 
 def leaves_open(line: Line, quantity: str) -> bool:
     """Whether a record of a line declares work and leaves the quantity unsaid."""
+    if line.tier != DECLARED or quantity == CPU_TIME:
+        return False  # no declaration has a place to state CPU time
     return silent_records(line, quantity) > 0
 
 
-def said(line: Line, quantity: str, amount: Bounds) -> Bounds | None:
+def said(line: Line, quantity: str, amount: Bounds | None) -> Bounds | None:
     """`amount` where the line speaks of the quantity, else None: absent is not zero."""
     return amount if speaks_of(line, quantity) else None
 

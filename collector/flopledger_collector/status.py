@@ -22,26 +22,24 @@ from flopledger_collector.ledger.position import Position
 from flopledger_collector.ledger.totals import Line, ProjectInfo, Totals
 from flopledger_collector.policies.definitions import HEADLINE_POLICIES, Policy, load_policies
 from flopledger_collector.policies.evaluation import PolicyView, contribution, views
-from flopledger_collector.silence import (
-    QUANTITIES,
-    leaves_open,
-    opened,
-    reasons_of_silence,
-    silent_records,
-    unlimited,
+from flopledger_collector.silence import opened, unlimited
+from flopledger_collector.usage import (
+    COST_PREFIX,
+    Usage,
+    integer_operations,
+    possible,
+    reasons_of,
+    usage_of,
 )
 from flopledger_core.activities import IDLE, UNATTRIBUTED
 from flopledger_core.bounds import ZERO, Bounds, total
 from flopledger_core.errors import UnknownName
-from flopledger_core.flop import Work, total_work
-from flopledger_core.records import BudgetSet, Declaration
+from flopledger_core.flop import Work
+from flopledger_core.records import HOST_BOUNDARIES, BudgetSet, Declaration
 from flopledger_core.units import MS_PER_SECOND
 
 READ_ATTEMPTS_MAX: Final = 4  # accounts are read one by one; the fold may move in between
 PROJECTS_NAMED_MAX: Final = 8  # projects that an error sentence lists
-COST_PREFIX: Final = "declared_cost_cents_"
-
-MODEL_FLOP: Final = ("model_flop_low", "model_flop", "model_flop_high")
 
 
 class Reader(Protocol):
@@ -106,26 +104,6 @@ def load_rules(
     return rules
 
 
-class Usage(msgspec.Struct, frozen=True, kw_only=True):
-    """Sums over lines. GPU time, energy, cost and FLOP are bounds; disputed lines only in high."""
-
-    works: dict[str, Work]  # by activity
-    work: Work
-    model_flop: Bounds  # declared by architecture; never mixed with executed FLOP
-    energy_mj: Bounds
-    gpu_time_ms: Bounds
-    gap_time_ms: int
-    cost_cents: dict[str, Bounds]  # by currency
-    records: int
-    disputed_records: int
-    # Absent is not zero: records of lines that say nothing of a quantity, by quantity.
-    silent_records: dict[str, int]
-
-    def known(self, quantity: str, amount: Bounds) -> Bounds | None:
-        """`amount` where at least one record speaks of the quantity, else None."""
-        return None if self.silent_records.get(quantity, 0) == self.records else amount
-
-
 class PolicyTotals(msgspec.Struct, frozen=True, kw_only=True):
     """One policy's view of the FLOP, and its total of integer operations beside it."""
 
@@ -157,13 +135,29 @@ class ProjectStatus(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def energy_mj(self) -> Bounds:
-        """Energy at the chip in mJ, shared work in the high bound."""
+        """Energy at the GPU's boundary in mJ, shared work in the high bound."""
         return self.usage.energy_mj + self.shared.energy_mj
+
+    @property
+    def energy_by_boundary(self) -> dict[str, Bounds]:
+        """Energy of its own usage in mJ at each boundary, shared usage in the high bounds."""
+        shared = self.shared.energy_by_boundary
+        unread = unlimited(ZERO) if self.shared.host_records else ZERO
+        return {
+            boundary: energy + shared.get(boundary, unread if boundary in HOST_BOUNDARIES else ZERO)
+            for boundary, energy in self.usage.energy_by_boundary.items()
+        }
 
     @property
     def gpu_time_ms(self) -> Bounds:
         """GPU time in ms, shared work in the high bound."""
         return self.usage.gpu_time_ms + self.shared.gpu_time_ms
+
+    @property
+    def known_cpu_time(self) -> Bounds | None:
+        """CPU time in ms, shared usage in the high bound; None where none was metered for it."""
+        own = self.usage.known_cpu_time
+        return None if own is None else own + self.shared.cpu_time_ms
 
     @property
     def exceeded(self) -> tuple[str, ...]:
@@ -339,14 +333,6 @@ def project_status(
     )
 
 
-def reasons_of(lines: Iterable[Line], usage: Usage, shared: Usage) -> tuple[str, ...]:
-    """Why bounds are open or wide, each reason once."""
-    found = [*usage.work.reasons, *shared.work.reasons]
-    for line in lines:
-        found.extend(reasons_of_silence(line))
-    return tuple(dict.fromkeys(found))
-
-
 def policy_totals(
     rules: Rules, policy_ids: Iterable[str], works: Mapping[str, Work]
 ) -> tuple[PolicyTotals, ...]:
@@ -362,87 +348,6 @@ def policy_totals(
         )
         for policy, found in zip(chosen, views(chosen, works, "flop"), strict=True)
     )
-
-
-def integer_operations(work: Work) -> Bounds:
-    """Integer operations of all pipes; never part of FLOP."""
-    return work.tensor_integer_operations + work.integer_operations
-
-
-def usage_of(lines: Iterable[Line]) -> Usage:
-    """The exact sums of lines."""
-    chosen = tuple(lines)
-    works: dict[str, list[Work]] = {}
-    costs: dict[str, Bounds] = {}
-    for line in chosen:
-        works.setdefault(line.activity, []).append(line.work)
-        for name, amount in line.sums.items():
-            if name.startswith(COST_PREFIX):
-                currency = name.removeprefix(COST_PREFIX)
-                costs[currency] = costs.get(currency, ZERO) + _stands(line, amount, amount)
-    by_activity = {activity: total_work(parts) for activity, parts in works.items()}
-    return Usage(
-        works=by_activity,
-        work=total_work(list(by_activity.values())),
-        model_flop=total(model_flop_of(line) for line in chosen),
-        energy_mj=total(energy_of(line) for line in chosen),
-        gpu_time_ms=total(gpu_time_of(line) for line in chosen),
-        gap_time_ms=sum(line.sums.get("gap_time_ms", 0) for line in chosen),
-        cost_cents=dict(sorted(costs.items())),
-        records=sum(line.records for line in chosen),
-        disputed_records=sum(line.records for line in chosen if line.standing == "disputed"),
-        silent_records={
-            quantity: sum(silent_records(line, quantity) for line in chosen)
-            for quantity in QUANTITIES
-        },
-    )
-
-
-def gpu_time_of(line: Line) -> Bounds:
-    """GPU time of a line in ms: metered, imported, declared; a gap may or may not be use.
-
-    Open where work is declared and its GPU time is not.
-    """
-    names = ("gpu_time_ms", "hours_time_ms", "declared_gpu_time_ms")
-    known = sum(line.sums.get(name, 0) for name in names)
-    bounds = _stands(line, known, known + line.sums.get("gap_time_ms", 0))
-    return unlimited(bounds) if leaves_open(line, "gpu_time_ms") else bounds
-
-
-def energy_of(line: Line) -> Bounds:
-    """Energy of a line at the chip in mJ; open where work is declared and its energy is not."""
-    return unlimited(line.energy_mj) if leaves_open(line, "energy_mj") else line.energy_mj
-
-
-def model_flop_of(line: Line) -> Bounds:
-    """FLOP that a person declared from an architecture; executed FLOP is apart from it."""
-    low, central, high = (line.sums.get(name, 0) for name in MODEL_FLOP)
-    if line.standing == "disputed":
-        return Bounds(low=0, central=0, high=high)
-    return Bounds(low=low, central=central, high=high)
-
-
-def _stands(line: Line, known: int, high: int) -> Bounds:
-    """Disputed amounts are out of low and central, and stay in high."""
-    low = 0 if line.standing == "disputed" else known
-    return Bounds(low=low, central=low, high=high)
-
-
-def possible(usage: Usage) -> Usage:
-    """What this usage adds to whoever might own it: nothing for certain, all of it at most."""
-    return msgspec.structs.replace(
-        usage,
-        works={activity: work.disputed() for activity, work in usage.works.items()},
-        work=usage.work.disputed(),
-        model_flop=_at_most(usage.model_flop),
-        energy_mj=_at_most(usage.energy_mj),
-        gpu_time_ms=_at_most(usage.gpu_time_ms),
-        cost_cents={currency: _at_most(cost) for currency, cost in usage.cost_cents.items()},
-    )
-
-
-def _at_most(bounds: Bounds) -> Bounds:
-    return Bounds(low=0, central=0, high=bounds.high)
 
 
 def uncosted(budgets: Iterable[BudgetSet], lines: Iterable[Line]) -> tuple[str, ...]:

@@ -1,49 +1,76 @@
 """From SM-cycles to FLOP: the one function that agent, collector and verifier share.
 
-Two steps, kept apart on purpose. `basis` turns one record into summable integers and holds every
-rule that is not linear (which pipe contains which, what an absent counter could have been).
-`work` is linear in those sums, so totals restate whole histories when the table or the model
-changes. Executed FLOP is what the hardware carried out; it is never called model FLOP. Integer
-work is counted apart and never added to FLOP here.
+Two steps, kept apart on purpose. `basis` (its own module) turns one record into summable
+integers and holds every rule that is not linear. `work` is linear in those sums, so totals
+restate whole histories when the table or the model changes; `estimate` is the same two steps for
+one record, as the agent takes them when it seals it. Executed FLOP is what the hardware carried
+out, at dense rates; it is never called model FLOP. Integer work is counted apart and never added
+to FLOP here.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final
+from fractions import Fraction
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 import msgspec
 
+from flopledger_core.accelerators import TENSOR_FLOAT_PRECISIONS, Accelerator
+from flopledger_core.basis import (
+    GPU_UTIL_CENTRAL_PER_MILLE,
+    SM_ACTIVE_CENTRAL_PER_MILLE,
+    WORK_PIPES,
+    basis,
+    basis_of_cycles,
+    tensor_cross_check,
+)
 from flopledger_core.bounds import ZERO, Bounds, exactly, total
-from flopledger_core.records import Cycles, Declaration, GapRecord, ImportedHours, UsageRecord
-from flopledger_core.units import HZ_PER_MHZ, US_PER_MS, ceil_div, floor_div
+from flopledger_core.records import Estimate
+from flopledger_core.units import HZ_PER_MHZ, floor_div
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from flopledger_core.accelerators import Accelerator, AcceleratorTable, Architecture
-    from flopledger_core.records import Record
+    from flopledger_core.accelerators import AcceleratorTable, RateSpan, Resolved
+    from flopledger_core.records import PeakBasis, Precision, UsageRecord
 
-FLOP_MODEL_VERSION: Final = "1"
+__all__ = [
+    "FLOP_MODEL_VERSION",
+    "GPU_UTIL_CENTRAL_PER_MILLE",
+    "SM_ACTIVE_CENTRAL_PER_MILLE",
+    "WORK_PIPES",
+    "Work",
+    "basis",
+    "basis_of_cycles",
+    "estimate",
+    "tensor_cross_check",
+    "total_work",
+    "work",
+]
 
-# Coarse tiers see that SMs or the GPU were busy, not with what. The central share of the tensor
-# peak is the middle of what fleets report (docs/methodology.md, "Coarse tiers"); the low end is 0.
-SM_ACTIVE_CENTRAL_PER_MILLE: Final = 450
-GPU_UTIL_CENTRAL_PER_MILLE: Final = 300
+FLOP_MODEL_VERSION: Final = "2"
 
-WORK_PIPES: Final = (
-    "float_tensor", "fp64_tensor", "int_tensor", "fp64", "fp32", "fp16", "integer",
-)  # fmt: skip
-_DARK_TIMES: Final = ("gap_time_ms", "cycles_absent_time_ms", "cycles_possible_time_ms")
-_PIPE_TIERS: Final = frozenset({"gpm_cycles", "gpm_util", "dcgm_pipes"})
+_DARK_TIME: Final = "cycles_possible_time_ms"
+# Sums that say a device was spoken of; without any, there is nothing to multiply.
+_DEVICE_SUMS: Final = ("elapsed", "cycles_time_ms", "hours_time_ms", _DARK_TIME)
+# All times in which cycles may have run: what a ceiling of operations per second is applied to.
+_RUNNING_TIMES: Final = ("cycles_time_ms", _DARK_TIME, "hours_time_ms")
+_CORE_RATES: Final = ("fp64", "fp32", "fp16")
 
 
 class Work(msgspec.Struct, frozen=True, kw_only=True):
-    """Operations carried out, in three quantities that are never silently added."""
+    """Operations carried out, in three quantities that are never silently added.
+
+    `flop_tensor` and `flop_cores` are the parts of `flop` that counters of tensor pipes and of
+    CUDA cores speak of; what is left of it was declared by people.
+    """
 
     flop: Bounds = ZERO
     tensor_integer_operations: Bounds = ZERO
     integer_operations: Bounds = ZERO
     reasons: tuple[str, ...] = ()  # why a bound is open or wide
+    flop_tensor: Bounds = ZERO
+    flop_cores: Bounds = ZERO
 
     def __add__(self, other: Work) -> Work:
         return Work(
@@ -53,6 +80,8 @@ class Work(msgspec.Struct, frozen=True, kw_only=True):
             ),
             integer_operations=self.integer_operations + other.integer_operations,
             reasons=tuple(dict.fromkeys((*self.reasons, *other.reasons))),
+            flop_tensor=self.flop_tensor + other.flop_tensor,
+            flop_cores=self.flop_cores + other.flop_cores,
         )
 
     @property
@@ -67,6 +96,8 @@ class Work(msgspec.Struct, frozen=True, kw_only=True):
             tensor_integer_operations=_only_high(self.tensor_integer_operations),
             integer_operations=_only_high(self.integer_operations),
             reasons=self.reasons,
+            flop_tensor=_only_high(self.flop_tensor),
+            flop_cores=_only_high(self.flop_cores),
         )
 
 
@@ -78,319 +109,225 @@ def total_work(parts: list[Work]) -> Work:
     return result
 
 
-# --- step one: a record's summable basis -----------------------------------------------------
-
-
-def basis(record: Record) -> dict[str, int]:
-    """The record as summable integers by quantity name; zero quantities are left out.
-
-    For each work pipe the central SM-cycles, and `<pipe>_deficit`, `<pipe>_excess` for how far
-    the low and high ends lie from it; times and energy under their own names.
-    """
-    if isinstance(record, UsageRecord):
-        sums = _usage_basis(record)
-    elif isinstance(record, GapRecord):
-        sums = {"gap_time_ms": record.gap_ms}
-    elif isinstance(record, ImportedHours):
-        utilization = record.utilization_per_mille
-        sums = {
-            "hours_time_ms": record.gpu_time_ms,
-            "hours_utilised_us": record.gpu_time_ms * (utilization or 0),
-        }
-    elif isinstance(record, Declaration):
-        sums = _declared_basis(record)
-    else:
-        sums = {}
-    return {name: amount for name, amount in sums.items() if amount}
-
-
-def basis_of_cycles(cycles: Cycles, tier: str, time_ms: int) -> dict[str, int]:
-    """The part of a usage record's basis that its cycles make in `time_ms` of device time."""
-    elapsed = cycles.elapsed
-    if elapsed is None:
-        return {}
-    sums = {"elapsed": elapsed, "sm_active": cycles.sm_active or 0}
-    if tier == "gpu_util":
-        return sums | _coarse(cycles.sm_active or 0, GPU_UTIL_CENTRAL_PER_MILLE, time_ms)
-    if tier not in _PIPE_TIERS or (cycles.any_tensor is None and cycles.hmma is None):
-        ceiling = elapsed if cycles.sm_active is None else cycles.sm_active
-        return sums | _coarse(ceiling, SM_ACTIVE_CENTRAL_PER_MILLE, time_ms)
-    pipes = _tensor_basis(cycles, elapsed)
-    for pipe in ("fp64", "fp32", "fp16", "integer"):
-        value: int | None = getattr(cycles, pipe)
-        pipes[pipe if value is not None else f"{pipe}_excess"] = elapsed if value is None else value
-    if tier != "gpm_cycles":
-        pipes = _derived(pipes, elapsed, time_ms)
-    return sums | pipes
-
-
-def _usage_basis(record: UsageRecord) -> dict[str, int]:
-    time_ms = record.gpu_time_ms
-    sums = basis_of_cycles(record.cycles, record.tier, time_ms)
-    sums["gpu_time_ms"] = time_ms
-    sums["allocated_time_ms"] = record.allocated_time_ms or 0
-    sums["wall_time_ms"] = record.wall_time_ms
-    sums["energy_mj"] = record.energy_mj or 0
-    if record.energy_mj is None:
-        sums["energy_absent_time_ms"] = time_ms
-    if record.cycles.elapsed is None:
-        sums["cycles_absent_time_ms"] = time_ms
-    if "recovered" in record.flags:
-        # Counters that were reset in the dark and overtook themselves look like counters that
-        # ran on: what was counted is certain, that nothing else was is not.
-        sums["cycles_possible_time_ms"] = time_ms
-        sums["energy_possible_time_ms"] = time_ms
-    if record.attribution.weight != record.attribution.weights:
-        _widen_to_device(sums, record)
-    return sums
-
-
-def _widen_to_device(sums: dict[str, int], record: UsageRecord) -> None:
-    """No counter tells sharers apart: each may have done nothing, or all of the device's work."""
-    weight, weights = record.attribution.weight, record.attribution.weights
-
-    def whole(own: int) -> int:
-        return ceil_div((own + 1) * weights, weight)  # own was rounded down by less than one
-
-    others_ms = record.window_ms - record.gpu_time_ms
-    if "coarse_time_ms" in sums:
-        sums["coarse_time_ms"] += others_ms
-    elif record.cycles.elapsed is not None:
-        for pipe in WORK_PIPES:
-            central = sums.get(pipe, 0)
-            sums[f"{pipe}_deficit"] = central
-            if f"{pipe}_busy_us" in sums:
-                sums[f"{pipe}_busy_us"] = whole(sums[f"{pipe}_busy_us"])
-            else:
-                sums[f"{pipe}_excess"] = whole(central + sums.get(f"{pipe}_excess", 0)) - central
-    else:
-        sums["cycles_possible_time_ms"] = sums.get("cycles_possible_time_ms", 0) + others_ms
-    if record.energy_mj is None:
-        sums["energy_possible_time_ms"] = sums.get("energy_possible_time_ms", 0) + others_ms
-    else:
-        sums["energy_deficit_mj"] = record.energy_mj
-        sums["energy_excess_mj"] = whole(record.energy_mj) - record.energy_mj
-
-
-def _derived(pipes: dict[str, int], elapsed: int, time_ms: int) -> dict[str, int]:
-    """Percentages times a sampled clock: the share of time is sure, the clock between is not.
-
-    The low end claims nothing; the high end is that share of the time at maximum clock, kept as
-    `<pipe>_busy_us` because the maximum is the table's to say.
-    """
-    sums: dict[str, int] = {}
-    for pipe in WORK_PIPES:
-        central = pipes.get(pipe, 0)
-        most = central + pipes.get(f"{pipe}_excess", 0)
-        sums[pipe] = central
-        sums[f"{pipe}_deficit"] = central
-        if elapsed:
-            sums[f"{pipe}_busy_us"] = ceil_div(most * (time_ms + 1) * US_PER_MS, elapsed)
-    return sums
-
-
-def _tensor_basis(cycles: Cycles, elapsed: int) -> dict[str, int]:
-    """Float tensor work is any tensor minus integer minus FP64; absent parts widen the ends."""
-    fp64_known = [value for value in (cycles.dmma, cycles.dfma) if value is not None]
-    fp64_tensor = max(fp64_known, default=0)
-    hmma = cycles.hmma or 0
-    if cycles.any_tensor is None:
-        any_low = max(hmma, cycles.imma or 0, fp64_tensor)
-        any_central = min(elapsed, hmma + (cycles.imma or 0) + fp64_tensor)
-        any_high = elapsed
-    else:
-        any_low = any_central = any_high = cycles.any_tensor
-    imma_high = any_high if cycles.imma is None else cycles.imma
-    fp64_high = fp64_tensor if fp64_known else any_high
-    central = max(0, any_central - (cycles.imma or 0) - fp64_tensor)
-    low = max(0, any_low - imma_high - fp64_high)
-    # Pipes may overlap in time: what HMMA counted is possible whatever the difference says.
-    high = max(central, hmma, any_high - (cycles.imma or 0) - fp64_tensor)
-    return {
-        "float_tensor": central,
-        "float_tensor_deficit": central - min(low, central),
-        "float_tensor_excess": high - central,
-        "int_tensor": cycles.imma or 0,
-        "int_tensor_excess": imma_high - (cycles.imma or 0),
-        "fp64_tensor": fp64_tensor,
-        "fp64_tensor_excess": fp64_high - fp64_tensor,
-    }
-
-
-def _coarse(busy: int, central_per_mille: int, time_ms: int) -> dict[str, int]:
-    """Something ran: a share of it as the central value, everything possible as the high end."""
-    return {
-        "coarse_tensor": floor_div(busy * central_per_mille, 1000),
-        "coarse_time_ms": time_ms,
-    }
-
-
-def _declared_basis(record: Declaration) -> dict[str, int]:
-    prefix = "declared" if record.flop_basis == "executed" else "model"
-    amounts = {
-        f"{prefix}_flop_low": record.flop_low,
-        f"{prefix}_flop": record.flop_central,
-        f"{prefix}_flop_high": record.flop_high,
-        "declared_integer_operations": record.integer_operations,
-        "declared_energy_mj": record.energy_mj,
-        "declared_gpu_time_ms": record.gpu_time_ms,
-    }
-    sums = {name: int(text) for name, text in amounts.items() if text is not None}
-    # What a declaration is silent about is not zero: whoever sums must know how many spoke.
-    sums["declared_records"] = 1
-    if record.flop_central is not None and record.flop_basis == "executed":
-        sums["declared_flop_records"] = 1
-    if record.integer_operations is not None:
-        sums["declared_integer_records"] = 1
-    if record.cost_cents is not None:
-        sums[f"declared_cost_cents_{record.currency}"] = int(record.cost_cents)
-    return sums
-
-
-# --- step two: linear in the sums ------------------------------------------------------------
-
-
 def work(
     sums: Mapping[str, int],
     *,
     table: AcceleratorTable,
-    accelerator: Accelerator | None,
+    accelerator: Resolved | Accelerator | None,
     device_name: str,
     precision: str | None,
 ) -> Work:
     """Operations from summed bases of one device model and one declared precision.
 
-    A device the table lacks has no FLOP: central 0, an open high end and the reason.
+    `accelerator` is what `table.resolve` (or `find`) gives. A device of no known architecture has
+    no FLOP: central 0, an open high end and the reason.
     """
     declared = _declared(sums)
-    if not any(sums.get(name) for name in ("elapsed", "hours_time_ms", *_DARK_TIMES)):
+    if not any(sums.get(name) for name in _DEVICE_SUMS):
         return declared
     if accelerator is None:
+        open_end = Bounds(low=0, central=0, high=None)
         return declared + Work(
-            flop=Bounds(low=0, central=0, high=None),
-            tensor_integer_operations=Bounds(low=0, central=0, high=None),
-            integer_operations=Bounds(low=0, central=0, high=None),
+            flop=open_end,
+            tensor_integer_operations=open_end,
+            integer_operations=open_end,
             reasons=(f"no hardware table row for {device_name}: its FLOP is absent",),
+            flop_tensor=open_end,
+            flop_cores=open_end,
         )
-    architecture = table.architecture_of(accelerator)
-    rates, reason = _tensor_rates(architecture, precision)
-    parts = [declared, _from_cycles(sums, accelerator, architecture, rates)]
-    dark_ms = sum(sums.get(name, 0) for name in _DARK_TIMES)
-    if dark_ms:
-        parts.append(_could_have_done(dark_ms, accelerator, architecture, rates))
-    if sums.get("coarse_time_ms"):
-        parts.append(_from_coarse(sums, accelerator, architecture, rates))
-    if sums.get("hours_time_ms"):
-        parts.append(_from_hours(sums, accelerator, architecture, rates))
-    reasons = [reason] if reason else []
-    if sums.get("float_tensor_busy_us"):
-        reasons.append("cycles come from percentages and a sampled clock; the low end claims none")
-    return total_work(parts) + Work(reasons=tuple(f"{accelerator.key}: {why}" for why in reasons))
+    device = table.of_row(accelerator) if isinstance(accelerator, Accelerator) else accelerator
+    done = _Operations(sums, device, precision)
+    tensor, cores = done.tensor_flop().bounds(), done.core_flop().bounds()
+    counted = Work(
+        flop=tensor + cores,
+        tensor_integer_operations=done.tensor_integers().bounds(),
+        integer_operations=done.core_integers().bounds(),
+        reasons=_reasons(sums, device, precision, device_name),
+        flop_tensor=tensor,
+        flop_cores=cores,
+    )
+    return declared + counted
 
 
-class _Rates(msgspec.Struct, frozen=True, kw_only=True):
-    """FLOP per SM-cycle of the float tensor pipe, the low end as a rational."""
+def estimate(record: UsageRecord, table: AcceleratorTable) -> Estimate | None:
+    """Executed FLOP of one record from its own counters, for whoever seals or checks it.
 
-    low_numerator: int
-    low_denominator: int
+    None where FLOP is absent: the table has no row and no architecture for the device. An
+    estimate that the record already carries plays no part.
+    """
+    device = table.resolve(
+        record.device.name, record.device.pci_device_id, record.device.compute_capability
+    )
+    if device is None:
+        return None
+    done = _Operations(basis(record), device, record.precision)
+    tensor, cores = done.tensor_flop(), done.core_flop()
+    offered = device.tensor_span(record.precision) is not None
+    return Estimate(
+        flop_low=str(tensor.low + cores.low),
+        flop_central=str(tensor.central + cores.central),
+        flop_high=str(tensor.high + cores.high),
+        assumed_precision=(
+            record.precision
+            if offered and record.precision is not None
+            else _precision(device.default_precision)
+        ),
+        peak_basis=peak_basis(record),
+        model_version=FLOP_MODEL_VERSION,
+        table_version=table.version,
+    )
+
+
+def peak_basis(record: UsageRecord) -> PeakBasis:
+    """What turned this record's cycles into FLOP: how their number was come by."""
+    if record.cycles.elapsed is None:
+        return "dense_at_maximum_clock"  # only what the device could have done
+    if record.cycles_origin == "measured":
+        return "dense_at_counted_cycles"
+    return "dense_at_sampled_clock"
+
+
+class _Ends(NamedTuple):
+    """Bounds as plain numbers: sums of many are formed before they are checked."""
+
+    low: int
     central: int
     high: int
 
-
-def _tensor_rates(architecture: Architecture, precision: str | None) -> tuple[_Rates, str | None]:
-    offered = architecture.tensor_float_rates()
-    floor = architecture.legacy_mma_floor_per_mille
-    if precision is not None and precision in offered:
-        rate = offered[precision]
-        return _Rates(
-            low_numerator=rate * floor, low_denominator=1000, central=rate, high=rate
-        ), None
-    reason = (
-        "precision not declared; bounds span what the tensor pipe offers"
-        if precision is None
-        else f"the tensor pipe lacks declared precision {precision}; bounds span its own"
-    )
-    return (
-        _Rates(
-            low_numerator=min(offered.values()) * floor,
-            low_denominator=1000,
-            central=offered.get("bf16", offered["fp16"]),
-            high=max(offered.values()),
-        ),
-        reason,
-    )
+    def bounds(self) -> Bounds:
+        return Bounds(low=self.low, central=self.central, high=self.high)
 
 
-def _from_cycles(
-    sums: Mapping[str, int], accelerator: Accelerator, architecture: Architecture, rates: _Rates
-) -> Work:
-    fastest = accelerator.sm_count * accelerator.max_sm_clock_mhz  # SM-cycles a microsecond
-
-    def cycles(pipe: str) -> tuple[int, int, int]:
-        central, deficit = sums.get(pipe, 0), sums.get(f"{pipe}_deficit", 0)
-        faster = sums.get(f"{pipe}_busy_us", 0) * fastest - deficit
-        high = central + sums.get(f"{pipe}_excess", 0) + max(0, faster)
-        return central - deficit, central, high
-
-    low, central, high = cycles("float_tensor")
-    flop = Bounds(
-        low=floor_div(low * rates.low_numerator, rates.low_denominator),
-        central=central * rates.central,
-        high=high * rates.high,
-    )
-    fp64_rate = architecture.tensor_rate("fp64") or 0
-    low, central, high = cycles("fp64_tensor")
-    flop = flop + Bounds(low=low * fp64_rate, central=central * fp64_rate, high=high * fp64_rate)
-    for pipe in ("fp64", "fp32", "fp16"):
-        rate = architecture.flop_per_cycle_per_sm.get(pipe, 0)
-        _, central, high = cycles(pipe)
-        flop = flop + Bounds(low=0, central=central * rate, high=high * rate)
-    int_rate = architecture.operations_per_cycle_per_sm.get("tensor_int8", 0)
-    core_rate = architecture.operations_per_cycle_per_sm.get("integer", 0)
-    int_low, int_central, int_high = cycles("int_tensor")
-    _, core_central, core_high = cycles("integer")
-    return Work(
-        flop=flop,
-        tensor_integer_operations=Bounds(
-            low=int_low * int_rate, central=int_central * int_rate, high=int_high * int_rate
-        ),
-        integer_operations=Bounds(
-            low=0, central=core_central * core_rate, high=core_high * core_rate
-        ),
-    )
+_NOTHING: Final = _Ends(0, 0, 0)
+# The names of a pipe's sums, made once: this is the innermost loop of every total.
+_SUMS_OF: Final = {
+    pipe: (pipe, f"{pipe}_deficit", f"{pipe}_excess", f"{pipe}_busy_us") for pipe in WORK_PIPES
+}
 
 
-def _could_have_done(
-    time_ms: int, accelerator: Accelerator, architecture: Architecture, rates: _Rates
-) -> Work:
-    """From nothing to every pipe fully active at maximum clock: what dark time contributes."""
-    dark = {f"{pipe}_excess": accelerator.max_sm_cycles(time_ms) for pipe in WORK_PIPES}
-    return _from_cycles(dark, accelerator, architecture, rates)
+class _Operations:
+    """Operations of one device model from its sums, pipe by pipe."""
+
+    def __init__(self, sums: Mapping[str, int], device: Resolved, precision: str | None) -> None:
+        self._sums = sums
+        self._device = device
+        self._precision = precision
+        row = device.accelerator
+        self._ceilings = row.ceiling_tera_per_second
+        self._fastest = row.max_sm_cycles_per_us
+        dark_ms = sums.get(_DARK_TIME, 0)
+        # Something ran, or was allocated, in this time: clock and pipes are anybody's guess.
+        coarse_ms = sums.get("coarse_time_ms", 0) + sums.get("hours_time_ms", 0)
+        self._dark = row.max_sm_cycles(dark_ms) if dark_ms else 0
+        self._unseen = row.max_sm_cycles(coarse_ms) if coarse_ms else 0
+
+    def tensor_flop(self) -> _Ends:
+        """Floating-point work of the tensor pipes, FP64 included."""
+        offered = self._device.tensor_span(self._precision)
+        span = offered or self._device.any_float
+        ends = self._pipe("float_tensor", span, self._guess(span) if self._unseen else 0)
+        fp64 = self._pipe("fp64_tensor", self._device.span("tensor_fp64"))
+        if self._ceilings:
+            names = TENSOR_FLOAT_PRECISIONS if offered is None else (self._precision,)
+            ends = self._capped(ends, *(f"tensor_{name}" for name in names))
+            fp64 = self._capped(fp64, "tensor_fp64")
+        return _plus(ends, fp64) if fp64.high else ends
+
+    def core_flop(self) -> _Ends:
+        """Floating-point work of the CUDA cores; one-sided, a busy pipe may do next to nothing."""
+        ends = _NOTHING
+        for name in _CORE_RATES:
+            part = self._pipe(name, self._device.span(name), one_sided=True)
+            if part.high:
+                ends = _plus(ends, self._capped(part, name) if self._ceilings else part)
+        return ends
+
+    def tensor_integers(self) -> _Ends:
+        """Integer work of the tensor pipe."""
+        ends = self._pipe("int_tensor", self._device.any_integer)
+        return self._capped(ends, "tensor_int8") if self._ceilings else ends
+
+    def core_integers(self) -> _Ends:
+        """Integer work of the CUDA cores; one-sided like theirs."""
+        return self._pipe("integer", self._device.span("integer"), one_sided=True)
+
+    def _pipe(self, pipe: str, span: RateSpan, guess: int = 0, *, one_sided: bool = False) -> _Ends:
+        """Operations of one pipe: counted, and whatever dark or unseen time may have held."""
+        get = self._sums.get
+        counted, short, over, busy = _SUMS_OF[pipe]
+        central, excess, busy_us = get(counted, 0), get(over, 0), get(busy, 0)
+        if not (central or excess or busy_us or self._dark or self._unseen):
+            return _NOTHING
+        deficit = get(short, 0)
+        most = central + excess + self._dark
+        if busy_us:
+            most += max(0, busy_us * self._fastest - deficit)
+        return _Ends(
+            0 if one_sided else (central - deficit) * span.low_per_cycle,
+            central * span.central_per_cycle + guess,
+            most * span.high_per_cycle + max(guess, self._unseen * span.high_per_cycle),
+        )
+
+    def _guess(self, span: RateSpan) -> int:
+        """Central tensor FLOP where no pipe was read: a usual share of busy or allocated time.
+
+        Of imported hours the stated utilisation of the datasheet's peak, at its tensor clock.
+        """
+        rate, row = span.central_per_cycle, self._device.accelerator
+        peak = row.sm_count * row.tensor_clock_mhz * HZ_PER_MHZ * rate
+        hours = floor_div(self._sums.get("hours_utilised_us", 0) * peak, 1_000_000)
+        return self._sums.get("coarse_tensor", 0) * rate + hours
+
+    def _capped(self, ends: _Ends, *rates: str) -> _Ends:
+        """No more than the highest ceiling of these rates, where each that exists has one.
+
+        Concave in the sums, on the few models that have a ceiling: bounds of a total may be
+        wider than the sum of its records' bounds, never narrower.
+        """
+        offered = [rate for rate in rates if rate in self._device.spans]
+        if not offered or any(rate not in self._ceilings for rate in offered):
+            return ends
+        tera = max(Fraction(self._ceilings[rate]) for rate in offered)
+        time_ms = sum(self._sums.get(name, 0) for name in _RUNNING_TIMES)
+        most = int(tera * 10**9 * time_ms) + 1  # 10^12 a second is 10^9 a millisecond
+        return _Ends(min(ends.low, most), min(ends.central, most), min(ends.high, most))
 
 
-def _from_coarse(
-    sums: Mapping[str, int], accelerator: Accelerator, architecture: Architecture, rates: _Rates
-) -> Work:
-    """Something ran in a share of the time; the clock and the pipes are anybody's guess."""
-    most = _could_have_done(sums["coarse_time_ms"], accelerator, architecture, rates)
-    central = sums.get("coarse_tensor", 0) * rates.central
-    high = max(central, most.flop.high or 0)
-    return msgspec.structs.replace(most, flop=Bounds(low=0, central=central, high=high))
+def _plus(one: _Ends, other: _Ends) -> _Ends:
+    return _Ends(one.low + other.low, one.central + other.central, one.high + other.high)
 
 
-def _from_hours(
-    sums: Mapping[str, int], accelerator: Accelerator, architecture: Architecture, rates: _Rates
-) -> Work:
-    """GPU time x peak x stated utilisation; the peak is the datasheet's, at its tensor clock.
+def _reasons(
+    sums: Mapping[str, int], device: Resolved, precision: str | None, device_name: str
+) -> tuple[str, ...]:
+    """Why bounds are wider than exact counters of a declared precision would make them."""
+    key = device.accelerator.key
+    reasons: list[str] = []
+    if not device.in_table:
+        reasons.append(
+            f"no hardware table row for {device_name}: bounds span its architecture "
+            f"{device.accelerator.architecture}"
+        )
+    if precision is None:
+        reasons.append(f"{key}: precision not declared; bounds span what the tensor pipe offers")
+    elif device.tensor_span(precision) is None:
+        reasons.append(
+            f"{key}: the tensor pipe lacks declared precision {precision}; bounds span its own"
+        )
+    if sums.get("float_tensor_busy_us"):
+        reasons.append(
+            f"{key}: cycles come from percentages and a sampled clock; the low end claims none"
+        )
+    if device.accelerator.ceiling_tera_per_second:
+        reasons.append(
+            f"{key}: what an active pipe carries out is not known of this model; the high end is "
+            "its datasheet's peak"
+        )
+    return tuple(reasons)
 
-    The utilisation is a claim: the low end is nothing, the high end everything possible.
-    """
-    cycles_per_second = accelerator.sm_count * accelerator.tensor_clock_mhz * HZ_PER_MHZ
-    utilised_us = sums.get("hours_utilised_us", 0)
-    central = floor_div(utilised_us * cycles_per_second * rates.central, 1_000_000)
-    most = _could_have_done(sums["hours_time_ms"], accelerator, architecture, rates)
-    high = max(central, most.flop.high or 0)
-    return msgspec.structs.replace(most, flop=Bounds(low=0, central=central, high=high))
+
+def _precision(name: str) -> Precision:
+    return "bf16" if name == "bf16" else "fp16"
 
 
 def _declared(sums: Mapping[str, int]) -> Work:

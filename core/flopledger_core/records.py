@@ -125,8 +125,9 @@ class Slices(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """Which part of a partitioned GPU (MIG) a device is, in compute slices.
 
     The parts of a GPU lie side by side from 0 to `of_count`; the last one holds the slices that
-    no GPU instance uses. Whatever is only known of the whole GPU (its time, its energy) is cut at
-    these edges, each rounded down, so that the parts sum exactly to the whole.
+    no GPU instance uses. Whatever is only known of the whole GPU (its time, its energy) is dealt
+    out to the slices unit by unit, unit k to slice k modulo `of_count`: so the parts sum exactly
+    to the whole, and no part of a counter that grows ever falls.
     """
 
     first_index: Annotated[int, Meta(ge=0, le=64)]
@@ -140,12 +141,8 @@ class Slices(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
     def part(self, whole: int) -> int:
         """This part of a cumulative whole, exactly: over all parts it sums to `whole`."""
-        return self._until(whole, self.first_index + self.count) - self._until(
-            whole, self.first_index
-        )
-
-    def _until(self, whole: int, edge: int) -> int:
-        return whole * edge // self.of_count
+        rounds, rest = divmod(whole, self.of_count)
+        return rounds * self.count + min(max(rest - self.first_index, 0), self.count)
 
 
 class Device(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

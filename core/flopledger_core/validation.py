@@ -12,13 +12,15 @@ from typing import TYPE_CHECKING, Final
 
 import msgspec
 
+from flopledger_core.energy import HOST_POWER_LIMIT_WATTS
+from flopledger_core.flop import FLOP_MODEL_VERSION, estimate
 from flopledger_core.records import Device, GapRecord, HostRecord, UsageRecord
-from flopledger_core.units import HZ_PER_MHZ, MS_PER_SECOND
+from flopledger_core.units import ceil_div
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from flopledger_core.accelerators import AcceleratorTable
+    from flopledger_core.accelerators import Accelerator, AcceleratorTable
     from flopledger_core.batch import SealedBatch
 
 # A window's edges are instants of sampling; counters are read some time around them, and NVML's
@@ -27,6 +29,8 @@ if TYPE_CHECKING:
 EDGE_TOLERANCE_MS: Final = 1_000
 CLOCK_TOLERANCE_PER_MILLE: Final = 50
 POWER_TOLERANCE_PER_MILLE: Final = 200  # short excursions above the enforced limit are real
+# Findings that tell of a mistake in what the agent said beside its counters, which stay good.
+NOTED_CODES: Final = frozenset({"estimate_differs"})
 
 
 class Finding(msgspec.Struct, frozen=True, kw_only=True):
@@ -40,12 +44,13 @@ class Finding(msgspec.Struct, frozen=True, kw_only=True):
 def active_within_elapsed(batch: SealedBatch, table: AcceleratorTable) -> Iterator[Finding]:
     """No pipe is active in more SM-cycles than elapsed.
 
-    Shares of a split device are rounded each for itself, one SM-cycle per owner at most.
+    Shares of a split device are rounded each for itself, one SM-cycle per owner at most; both
+    counters may be off by what the record says they may.
     """
     del table
     for index, record in _usage(batch):
         elapsed = record.cycles.elapsed
-        slack = record.attribution.sharers - 1
+        slack = record.attribution.sharers - 1 + 2 * record.uncertain_cycles
         for name, value in record.cycles.as_dict().items():
             if value is not None and (elapsed is None or value > elapsed + slack):
                 yield Finding(
@@ -57,15 +62,22 @@ def active_within_elapsed(batch: SealedBatch, table: AcceleratorTable) -> Iterat
 
 
 def elapsed_within_clock(batch: SealedBatch, table: AcceleratorTable) -> Iterator[Finding]:
-    """A device's SM-cycles elapsed stay under SM count x maximum clock x window."""
+    """A device's SM-cycles elapsed stay under SM count x maximum clock x window.
+
+    A GPU instance has its own SMs; a model the table lacks has at most those of its architecture.
+    """
     for window in _windows(batch):
-        row = table.find(window.device.name, window.device.pci_device_id)
+        row = _row(window.device, table)
         if row is None:
             continue
         found = sum(record.cycles.elapsed or 0 for record in window.records)
         time_ms = window.length_ms + _edge_ms(window)
-        limit = row.sm_count * row.max_sm_clock_mhz * HZ_PER_MHZ * time_ms // MS_PER_SECOND
+        limit = row.max_sm_cycles(time_ms)
+        slices, own_sms = window.device.slices, window.device.sm_count
+        if slices is not None and slices.sms_of is not None and own_sms is not None:
+            limit = min(limit, ceil_div(limit * own_sms, slices.sms_of))
         limit += limit * CLOCK_TOLERANCE_PER_MILLE // 1000
+        limit += sum(record.uncertain_cycles for record in window.records)
         if found > limit:
             yield from window.findings(
                 "elapsed_exceeds_clock",
@@ -75,13 +87,18 @@ def elapsed_within_clock(batch: SealedBatch, table: AcceleratorTable) -> Iterato
 
 
 def energy_within_power(batch: SealedBatch, table: AcceleratorTable) -> Iterator[Finding]:
-    """A device's energy stays under the power limit x window."""
+    """A device's energy stays under the power limit x window, of a part under its slices' part."""
     for window in _windows(batch):
-        row = table.find(window.device.name, window.device.pci_device_id)
+        row = _row(window.device, table)
         if row is None:
             continue
         found = sum(record.energy_mj or 0 for record in window.records)
-        limit = row.power_limit_watts * (window.length_ms + _edge_ms(window))
+        module = any(record.energy_scope == "module" for record in window.records)
+        watts = row.max_power_watts if module else row.power_limit_watts
+        limit = watts * (window.length_ms + _edge_ms(window))
+        slices = window.device.slices
+        if slices is not None:
+            limit = ceil_div(limit * slices.count, slices.of_count) + slices.of_count
         limit += limit * POWER_TOLERANCE_PER_MILLE // 1000
         if found > limit:
             yield from window.findings(
@@ -92,15 +109,21 @@ def energy_within_power(batch: SealedBatch, table: AcceleratorTable) -> Iterator
 
 
 def gpu_time_tiles_window(batch: SealedBatch, table: AcceleratorTable) -> Iterator[Finding]:
-    """Over the owners of a device, `gpu_time_ms` sums exactly to the measurement window."""
+    """Over the owners of a device, `gpu_time_ms` sums exactly to its part of the window.
+
+    The part of a GPU instance is cut at absolute instants, so that all parts tile the GPU's time.
+    """
     del table
     for window in _windows(batch):
         found = sum(record.gpu_time_ms for record in window.records)
-        if found != window.length_ms:
+        slices, expected = window.device.slices, window.length_ms
+        if slices is not None:
+            expected = slices.part(window.end_ms) - slices.part(window.start_ms)
+        if found != expected:
             yield from window.findings(
                 "gpu_time_does_not_tile",
                 f"gpu_time_ms of {window.device.key} sums to {found} over a window of "
-                f"{window.length_ms} ms",
+                f"{window.length_ms} ms, of which {expected} ms are the device's",
             )
 
 
@@ -121,7 +144,7 @@ def times_within_window(batch: SealedBatch, table: AcceleratorTable) -> Iterator
 
 
 def windows_do_not_overlap(batch: SealedBatch, table: AcceleratorTable) -> Iterator[Finding]:
-    """One device's measurement windows and gaps in a batch follow each other."""
+    """Measurement windows and gaps in a batch follow each other: one device's, and the node's."""
     del table
     spans: dict[str, list[tuple[int, int, tuple[int, ...]]]] = defaultdict(list)
     for window in _windows(batch):
@@ -130,6 +153,9 @@ def windows_do_not_overlap(batch: SealedBatch, table: AcceleratorTable) -> Itera
         if isinstance(record, GapRecord) and record.start_boot_ms is not None:
             span = (record.start_boot_ms, record.start_boot_ms + record.gap_ms, (index,))
             spans[record.device.key].append(span)
+    for host in _host_windows(batch):
+        if host.start_ms is not None:
+            spans["the node"].append((host.start_ms, host.start_ms + host.length_ms, host.indexes))
     for device, found in spans.items():
         reached = 0
         for start, end, indexes in sorted(found):
@@ -157,6 +183,63 @@ def only_agents_meter(batch: SealedBatch, table: AcceleratorTable) -> Iterator[F
             )
 
 
+def cpu_time_tiles_window(batch: SealedBatch, table: AcceleratorTable) -> Iterator[Finding]:
+    """Over the owners of a node, `idle` among them, CPU time sums to CPUs x window."""
+    del table
+    for window in _host_windows(batch):
+        times = [record.cpu_time_ms for record in window.records]
+        if all(time_ms is None for time_ms in times):
+            continue
+        found = sum(time_ms or 0 for time_ms in times)
+        expected = window.records[0].cpu_count * window.length_ms
+        counts = {record.cpu_count for record in window.records}
+        if found != expected or len(counts) > 1:
+            yield from window.findings(
+                "cpu_time_does_not_tile",
+                f"cpu_time_ms sums to {found} over {window.length_ms} ms of "
+                f"{' or '.join(map(str, sorted(counts)))} CPUs, which have {expected}",
+            )
+
+
+def host_energy_within_power(batch: SealedBatch, table: AcceleratorTable) -> Iterator[Finding]:
+    """Energy of each boundary of a node stays under what no node draws."""
+    del table
+    for window in _host_windows(batch):
+        edge_ms = min(EDGE_TOLERANCE_MS, window.length_ms)
+        for boundary, watts in HOST_POWER_LIMIT_WATTS.items():
+            found = sum(record.energy_mj.get(boundary, 0) for record in window.records)
+            limit = watts * (window.length_ms + edge_ms)
+            if found > limit:
+                yield from window.findings(
+                    "host_energy_exceeds_power",
+                    f"energy_mj.{boundary} sums to {found}, above {limit} which no node draws in "
+                    f"{window.length_ms} ms",
+                )
+
+
+def estimate_is_ours(batch: SealedBatch, table: AcceleratorTable) -> Iterator[Finding]:
+    """A first estimate is what the same model and table make of the same counters here.
+
+    One of another version is left alone: it can only be shown. Counters are not disputed by it.
+    """
+    for index, record in _usage(batch):
+        given = record.estimate
+        if given is None or given.model_version != FLOP_MODEL_VERSION:
+            continue
+        if given.table_version != table.version:
+            continue
+        own = estimate(record, table)
+        if given != own:
+            found = "nothing" if own is None else f"{own.flop_central} FLOP"
+            yield Finding(
+                code="estimate_differs",
+                record_index=index,
+                message=f"estimate.flop_central is {given.flop_central}, where model "
+                f"{given.model_version} and table {given.table_version} give {found} within "
+                f"{'no' if own is None else f'{own.flop_low} to {own.flop_high}'} bounds",
+            )
+
+
 CHECKS: Final[tuple[Callable[[SealedBatch, AcceleratorTable], Iterator[Finding]], ...]] = (
     only_agents_meter,
     active_within_elapsed,
@@ -165,6 +248,9 @@ CHECKS: Final[tuple[Callable[[SealedBatch, AcceleratorTable], Iterator[Finding]]
     gpu_time_tiles_window,
     times_within_window,
     windows_do_not_overlap,
+    cpu_time_tiles_window,
+    host_energy_within_power,
+    estimate_is_ours,
 )
 
 
@@ -209,6 +295,43 @@ def _windows(batch: SealedBatch) -> list[_Window]:
             )
         )
     return windows
+
+
+class _HostWindow(msgspec.Struct, frozen=True, kw_only=True):
+    """Every owner's record of the node in one measurement window."""
+
+    start_ms: int | None  # None: it began in an earlier boot
+    length_ms: int
+    indexes: tuple[int, ...]
+    records: tuple[HostRecord, ...]
+
+    def findings(self, code: str, message: str) -> Iterator[Finding]:
+        for index in self.indexes:
+            yield Finding(code=code, record_index=index, message=message)
+
+
+def _host_windows(batch: SealedBatch) -> list[_HostWindow]:
+    members: dict[tuple[int | None, int, int], list[tuple[int, HostRecord]]] = defaultdict(list)
+    for index, record in enumerate(batch.records):
+        if isinstance(record, HostRecord):
+            # An earlier boot's window is told apart by wall time, which nothing else goes by.
+            wall_ms = record.start_unix_ms if record.start_boot_ms is None else 0
+            members[record.start_boot_ms, wall_ms, record.window_ms].append((index, record))
+    return [
+        _HostWindow(
+            start_ms=start_ms,
+            length_ms=length_ms,
+            indexes=tuple(index for index, _ in found),
+            records=tuple(record for _, record in found),
+        )
+        for (start_ms, _, length_ms), found in members.items()
+    ]
+
+
+def _row(device: Device, table: AcceleratorTable) -> Accelerator | None:
+    """The limits of a device: its row, or the stand-in of its architecture."""
+    known = table.resolve(device.name, device.pci_device_id, device.compute_capability)
+    return None if known is None else known.accelerator
 
 
 def _edge_ms(window: _Window) -> int:

@@ -92,6 +92,12 @@ class ScriptedSource:
         """The next one."""
         return next(self._samples)
 
+    def pause(self) -> None:
+        """The script says what a pause looks like."""
+
+    def resume(self) -> None:
+        """The script goes on."""
+
     def close(self) -> None:
         """Nothing to let go of."""
 

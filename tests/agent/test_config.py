@@ -21,6 +21,7 @@ def test_defaults_are_safe() -> None:
     assert config.web.listen_address == "127.0.0.1:16181"
     assert config.collector.url == "http://127.0.0.1:16180"
     assert config.gpus.driver == "nvml"
+    assert config.gpus.dcgm is None
     assert config.sampling.interval_seconds == 1.0
     assert config.node.name != ""
     assert not config.simulated
@@ -35,6 +36,10 @@ def test_defaults_are_safe() -> None:
         ('[web]\nlisten_address = "nowhere"\n', "listen_address"),
         ("[samplign]\n", "samplign"),
         ('[gpus]\ndriver = "magic"\n', "driver"),
+        ('[gpus.dcgm]\nurl = "file:///etc/passwd"\n', "url"),
+        ('[gpus.dcgm]\nurl = "http://user:secret@host/metrics"\n', "url"),
+        ('[gpus.dcgm]\nurl = "http://host/metrics HTTP/1.1"\n', "url"),
+        ("[gpus.dcgm]\ninterval_seconds = 0.1\n", "interval_seconds"),
         ('[gpus]\ndriver = "simulated"\n', r"gpus\.scenario"),
         ("[clock]\nspeed = 60\nreal_origin_unix_ns = 0\norigin_unix_ns = 0\n", "clock"),
         ("not toml", "TOML"),

@@ -13,8 +13,9 @@ from flopledger_agent.disk import DirectoryDisk, MemoryDisk
 from flopledger_agent.errors import SpoolFull
 from flopledger_agent.loop import AgentLoop, LoopFacts
 from flopledger_agent.spool import Spool
+from flopledger_core.accelerators import load_table
 from flopledger_core.batch import decode
-from flopledger_core.records import GapRecord, UsageRecord
+from flopledger_core.records import GapRecord, Precision, UsageRecord
 from flopledger_core.signing import SigningKey
 from tests.agent.sampling import (
     GPU,
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from flopledger_agent.gpus.interface import NodeSample
     from flopledger_core.batch import SealedBatch
 
+TABLE = load_table()
 KEY = SigningKey.from_seed(b"\x03" * 32)
 RATE = 132 * 1_000_000_000  # SM-cycles a second
 WATTS_MJ = 500_000  # millijoules a second
@@ -51,6 +53,7 @@ class Node:
         self.boot_id = "boot-1"
         self.key = KEY
         self.device = GPU
+        self.default_precision: Precision | None = None
         self.random = random.Random(0)
 
     def samples(self) -> Iterator[NodeSample]:
@@ -66,8 +69,10 @@ class Node:
         """A new process of the agent."""
         return AgentLoop(
             facts=LoopFacts(node="n1", cluster=None, program="test", simulated=True,
-                            boot_id=self.boot_id, tick_ns=SECOND_NS),
-            clock=self.clock, source=ScriptedSource(self.samples()), attributor=self.attributor,
+                            boot_id=self.boot_id, tick_ns=SECOND_NS,
+                            default_precision=self.default_precision),
+            clock=self.clock, source=ScriptedSource(self.samples()), table=TABLE,
+            attributor=self.attributor,
             disk=self.disk, spool=Spool(self.disk, 2**30), key=self.key,
             random_bytes=self.random.randbytes, synchronised=lambda: None,
         )  # fmt: skip

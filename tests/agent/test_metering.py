@@ -16,6 +16,7 @@ from flopledger_agent.metering import (
     MeterState,
     close_windows,
     empty_state,
+    halt,
     is_due,
     observe,
     records_of,
@@ -26,13 +27,15 @@ from flopledger_core.records import GapRecord, UsageRecord
 from tests.agent.sampling import BOOT_NS, GPU, SECOND_NS, UNIX_NS, claim, cycles, node, sample
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from flopledger_agent.attribution.interface import Claim
     from flopledger_agent.gpus.interface import GpuSample
 
 ATLAS, BIRCH, IDLE = claim("atlas"), claim("birch"), claim()
 
 
-def run(ticks: list[tuple[int, GpuSample, tuple[Claim, ...]]], step_ns: int = 0) -> MeterState:
+def run(ticks: Sequence[tuple[int, GpuSample, tuple[Claim, ...]]], step_ns: int = 0) -> MeterState:
     """Feed ticks of one device and close."""
     state = empty_state("boot-1")
     for at_ns, reading, owners in ticks:
@@ -351,3 +354,71 @@ def test_a_device_dark_for_an_hour_is_stated_as_a_gap() -> None:
 
     assert dark + seen == 151 * 60_000
     assert "gpu_is_lost" in {r.reason for r in records if isinstance(r, GapRecord)}
+
+
+# --- time that nobody read ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("owners", "owner"), [((ATLAS,), "atlas"), ((ATLAS, BIRCH), None)])
+def test_halted_time_is_a_gap_of_its_sole_holder(
+    owners: tuple[Claim, ...], owner: str | None
+) -> None:
+    """Minute by minute, whatever the counters say afterwards; several holders leave it nobody's."""
+    state = empty_state("boot-1")
+    paused = (DeviceFailure(device=GPU, reason="paused"),)
+
+    def fold(at: int, *, read: bool) -> None:
+        nonlocal state
+        at_ns = at * SECOND_NS
+        tick = node(at_ns, sample(at_ns, cycles(at), at)) if read else node(at_ns, failures=paused)
+        state, _ = observe(state, tick, {GPU.key: owners}, tick_ns=SECOND_NS)
+        if is_due(state, tick.unix_ns, 1):
+            state = close_windows(state)
+
+    for at in (0, 1, 2):
+        fold(at, read=True)
+    state = halt(state, "paused")
+    for at in range(3, 150):
+        fold(at, read=False)
+    running = [record for record in records_of(state.closed) if isinstance(record, GapRecord)]
+    for at in (150, 151):
+        fold(at, read=True)
+    records = records_of(close_windows(state).closed)
+    gaps = [record for record in records if isinstance(record, GapRecord)]
+
+    assert len(running) == 2  # visible while it lasts
+    assert [gap.gap_ms for gap in gaps] == [58_000, 60_000, 30_000]
+    assert {gap.reason for gap in gaps} == {"paused"}
+    assert {gap.owner.project for gap in gaps} == {owner}
+    counted = [record for record in records if isinstance(record, UsageRecord)]
+    assert sum(record.cycles.elapsed or 0 for record in counted) == 2 + 1
+    assert sum(record.energy_mj or 0 for record in counted) == 2 + 1
+
+
+def test_a_device_first_met_in_a_pause_begins_with_it() -> None:
+    """After a reboot in a pause the time up to the first reading is there, too."""
+    state = empty_state("boot-2")
+    paused = (DeviceFailure(device=GPU, reason="paused"),)
+    for at in (0, 1):
+        state, _ = observe(state, node(at * SECOND_NS, failures=paused), {}, tick_ns=SECOND_NS)
+    at_ns = 2 * SECOND_NS
+    state, _ = observe(
+        state, node(at_ns, sample(at_ns, cycles(5), 5)), {GPU.key: (ATLAS,)}, tick_ns=SECOND_NS
+    )
+    (gap,) = records_of(close_windows(state).closed)
+    assert isinstance(gap, GapRecord)
+    assert (gap.gap_ms, gap.reason, gap.owner.kind) == (2000, "paused", "unattributed")
+
+
+def test_after_a_pause_a_lost_device_has_its_own_reason() -> None:
+    """The pause is over: what keeps the device from being read is what the gap says."""
+    state = empty_state("boot-1")
+    state, _ = observe(
+        state, node(0, sample(0, cycles(0), 0)), {GPU.key: (ATLAS,)}, tick_ns=SECOND_NS
+    )
+    state = halt(state, "paused")
+    for at, reason in ((1, "paused"), (2, "gpu_is_lost")):
+        failing = (DeviceFailure(device=GPU, reason=reason),)
+        state, _ = observe(state, node(at * SECOND_NS, failures=failing), {}, tick_ns=SECOND_NS)
+    gaps = [r for r in records_of(close_windows(state).closed) if isinstance(r, GapRecord)]
+    assert [(gap.reason, gap.gap_ms) for gap in gaps] == [("paused", 1000), ("gpu_is_lost", 1000)]

@@ -1,8 +1,9 @@
 """A ledger with something of everything that a status or a statement has to show.
 
-`atlas` is metered (with a gap, a disputed minute, imported hours and a budget), `birch` only
-declared, `empty` opened and unused, `stray` named by usage alone; two minutes belong to nobody and
-one device was idle. Amounts are the same at every call; ids and keys are not.
+`atlas` is metered (with a gap, a disputed minute, a first estimate by an older model, a minute of
+a node's own, imported hours and a budget), `birch` only declared, `empty` opened and unused,
+`stray` named by usage alone; two minutes belong to nobody and one device was idle. Amounts are the
+same at every call; ids and keys are not.
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ from tests.collector.sealing import (
     IDLE,
     START_UNIX_MS,
     StreamSealer,
+    first_estimate,
     gap,
+    hosts,
     hours,
     project_owner,
     usage,
@@ -75,7 +78,20 @@ def rich_ledger(directory: Path, more: str = "") -> LedgerHandle:
     sent = outcomes(
         handle,
         first.minute(0, gpus=2),
-        first.seal([usage(1, 0, precision=None, precision_origin="unknown", owner=ablation)]),
+        first.seal(
+            [
+                usage(
+                    1,
+                    0,
+                    precision=None,
+                    precision_origin="unknown",
+                    owner=ablation,
+                    estimate=first_estimate(27 * 10**15),
+                    flags=("energy_cross_check",),
+                ),
+                *hosts(1, owner=project_owner(activity="data_preprocess", job="8")),
+            ]
+        ),
         first.seal([gap(2, minutes=3, owner=project_owner())]),
         first.seal([usage(5, 0, owner=UNATTRIBUTED_OWNER), usage(5, 1, owner=UNATTRIBUTED_OWNER)]),
         first.seal([usage(6, 0, owner=IDLE, busy_per_mille=0)]),

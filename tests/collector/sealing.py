@@ -27,7 +27,9 @@ from flopledger_core.records import (
     BudgetSet,
     Cycles,
     Device,
+    Estimate,
     GapRecord,
+    HostRecord,
     ImportedHours,
     ProjectOpened,
     UsageRecord,
@@ -139,6 +141,46 @@ def gap(
         reason="the driver did not answer",
         flags=(),
         user_commitment=None,
+    )
+
+
+def host(minute: int = 0, *, owner: Owner | None = None, **changes: Any) -> HostRecord:
+    """One honest minute of a node of four CPUs, of which an owner used half; see `hosts`."""
+    owner = project_owner() if owner is None else owner
+    source = {"attributed": "environment", "idle": "idle", "unattributed": "none"}[owner.kind]
+    attribution = Attribution(source=source, sharers=2, weight=1, weights=2)  # type: ignore[arg-type]
+    record = HostRecord(
+        start_unix_ms=START_UNIX_MS + minute * MINUTE_MS,
+        start_boot_ms=1_000 + minute * MINUTE_MS,
+        window_ms=MINUTE_MS,
+        owner=owner,
+        attribution=attribution,
+        cpu_count=4,
+        cpu_time_ms=2 * MINUTE_MS,
+        energy_mj={"cpu_package": 90 * MINUTE_MS, "node": 700 * MINUTE_MS},
+        energy_sources={"cpu_package": "rapl", "node": "redfish"},
+        absent={"energy_dram": "not_supported", "flop": "cpu_flop_not_counted"},
+        flags=("apportioned",),
+        user_commitment=None,
+    )
+    return msgspec.structs.replace(record, **changes)
+
+
+def hosts(minute: int = 0, *, owner: Owner | None = None, **changes: Any) -> list[HostRecord]:
+    """The whole minute of that node: half of its CPU time is an owner's, half is idle."""
+    return [host(minute, owner=one, **changes) for one in (owner, IDLE)]
+
+
+def first_estimate(flop: int, model_version: str = "1", table_version: str = "old") -> Estimate:
+    """What an agent sealed: its central FLOP, a half below and a half above."""
+    return Estimate(
+        flop_low=str(flop // 2),
+        flop_central=str(flop),
+        flop_high=str(flop + flop // 2),
+        assumed_precision="bf16",
+        peak_basis="dense_at_counted_cycles",
+        model_version=model_version,
+        table_version=table_version,
     )
 
 

@@ -9,10 +9,15 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from flopledger_agent.gpus import replay, source
+from flopledger_agent.config import DcgmSection
+from flopledger_agent.gpus import ladder, replay, source
+from flopledger_agent.gpus.ladder import LadderSource, freshness_of
 from flopledger_agent.gpus.replay import ReplaySource
+from flopledger_core.accelerators import load_table
 from flopledger_core.records import CYCLE_FIELDS, TIERS
+from tests.agent.gpus.exporter import TENSOR, ScriptedExporter, render
 from tests.agent.gpus.nodes import PHASE, node, scenario
+from tests.agent.sampling import SECOND_NS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -57,7 +62,23 @@ def replay_source(name: str) -> Iterator[tuple[GpuSource, Callable[[], NodeSampl
     yield source, source.sample
 
 
-SOURCES = {"NvmlSource": nvml_source, "ReplaySource": replay_source}
+@contextmanager
+def ladder_source(name: str) -> Iterator[tuple[GpuSource, Callable[[], NodeSample]]]:
+    """The binding below an exporter that has a page of every device."""
+    with node(SCENARIOS[name]) as it:
+        exporter = ScriptedExporter(it.clock)
+        uuids = [device.gpu.uuid for device in it.driver.devices]
+        exporter.show(render({TENSOR: dict.fromkeys(uuids, 0.5)}))
+        above = LadderSource(it.source, exporter, load_table(), freshness_of(DcgmSection()))
+
+        def tick() -> NodeSample:
+            it.clock.now_ns += SECOND_NS
+            return above.sample()
+
+        yield above, tick
+
+
+SOURCES = {"LadderSource": ladder_source, "NvmlSource": nvml_source, "ReplaySource": replay_source}
 
 
 @pytest.fixture(
@@ -79,7 +100,7 @@ def test_every_source_is_in_this_suite() -> None:
     """A new implementation is added here or fails here."""
     found = {
         name
-        for module in (source, replay)
+        for module in (ladder, source, replay)
         for name, kind in inspect.getmembers(module, inspect.isclass)
         if kind.__module__ == module.__name__ and hasattr(kind, "sample") and hasattr(kind, "close")
     }

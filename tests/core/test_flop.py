@@ -4,25 +4,29 @@ from __future__ import annotations
 
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flopledger_core.accelerators import load_table
+from flopledger_core.accelerators import Accelerator, AcceleratorTable, load_table
 from flopledger_core.bounds import Bounds, exactly
 from flopledger_core.energy import counter_delta, energy_bounds
-from flopledger_core.flop import Work, basis, work
+from flopledger_core.flop import FLOP_MODEL_VERSION, Work, basis, estimate, work
 from flopledger_core.identity import UNATTRIBUTED_OWNER, Owner
 from flopledger_core.records import (
     PIPES,
     Attribution,
     Cycles,
     Declaration,
+    Device,
     GapRecord,
     ImportedHours,
     Record,
+    UsageRecord,
 )
 from tests.core.sealed import ELAPSED, H100, usage
+from tests.core.usages import cycles, usages
 
 TABLE = load_table()
 H100_ROW = TABLE.by_key("H100 SXM")
@@ -79,7 +83,9 @@ def test_integer_and_fp64_tensor_work_are_taken_out_of_any_tensor() -> None:
     result = flop_of(usage(cycles=cycles))
 
     assert result.flop.central == 300 * 4096 + 100 * 256
-    assert result.tensor_integer_operations == exactly(200 * 8192)
+    assert result.tensor_integer_operations == Bounds(
+        low=200 * 5120, central=200 * 8192, high=200 * 8192
+    )
     assert result.operations.central == result.flop.central + 200 * 8192
 
 
@@ -225,6 +231,208 @@ def test_bounds_hold_whatever_is_absent(data: st.DataObject) -> None:
 
     assert result.low <= truth
     assert result.high is None or truth <= result.high
+
+
+# --- parts, precision, exceptions ------------------------------------------------------------
+
+
+@given(usages())
+def test_tensor_and_core_work_make_up_the_flop(record: UsageRecord) -> None:
+    """A statement can show them apart: their bounds sum to those of all FLOP."""
+    result = flop_of(record, record.precision)
+
+    assert result.flop_tensor + result.flop_cores == result.flop
+
+
+def test_core_work_is_apart_from_tensor_work() -> None:
+    """A busy FP32 pipe shows under the cores, a busy tensor pipe under the tensors."""
+    busy = msgspec.structs.replace(usage().cycles, fp32=1000)
+    result = flop_of(usage(cycles=busy))
+
+    assert result.flop_tensor.central == ELAPSED // 2 * 4096
+    assert result.flop_cores == Bounds(low=0, central=256_000, high=256_000)
+    assert result.disputed().flop_cores == Bounds(low=0, central=0, high=256_000)
+
+
+def test_declared_flop_belongs_to_no_pipe() -> None:
+    """Nobody counted it: it is FLOP, of neither tensor nor core counters."""
+    result = work({"declared_flop_low": 1, "declared_flop": 2, "declared_flop_high": 3},
+                  table=TABLE, accelerator=None, device_name="", precision=None)  # fmt: skip
+
+    assert result.flop == Bounds(low=1, central=2, high=3)
+    assert result.flop_tensor == result.flop_cores == exactly(0)
+
+
+def test_a_configured_precision_narrows_as_a_declared_one_does() -> None:
+    """Where it comes from is told beside it and changes no number."""
+    configured = usage(precision_origin="configured")
+
+    assert flop_of(configured) == flop_of(usage())
+    assert estimate(configured, TABLE) == estimate(usage(), TABLE)
+
+
+def work_on(key: str, record: Record, precision: str | None = "bf16") -> Work:
+    """Work of one record on any model."""
+    row = TABLE.by_key(key)
+    return work(basis(record), table=TABLE, accelerator=row, device_name="", precision=precision)
+
+
+def test_geforce_half_rate_is_the_low_and_central_value() -> None:
+    """FP32 accumulation runs at half rate there; the pipe does not say which it was."""
+    result = work_on("RTX 4090", usage()).flop_tensor
+
+    assert result.low == result.central == ELAPSED // 2 * 512
+    assert result.high == ELAPSED // 2 * 1024
+
+
+@pytest.mark.parametrize(("busy", "expected"), [(0, 0), (100, 1024), (4, 1024)])
+def test_h20_is_uncalibrated_and_never_above_its_sheet(busy: int, expected: int) -> None:
+    """Whatever active means there: from nothing up to full rates, capped at 148 TFLOP/s."""
+    elapsed = 78 * 1830 * 10**6 * 60
+    active = elapsed * busy // 100
+    found = Cycles(elapsed=elapsed, sm_active=elapsed, any_tensor=active, hmma=active, imma=0,
+                   dmma=0, dfma=0, fp64=0, fp32=0, fp16=0, integer=0)  # fmt: skip
+    result = work_on("H20", usage(cycles=found)).flop
+    sheet = 148 * 10**12 * 60
+
+    assert result.low == 0
+    assert result.central == active * expected
+    assert result.high is not None
+    assert min(active * 4096, sheet) <= result.high <= sheet + 1
+    assert active * 1024 <= result.high
+    assert (result.high == active * 4096) == (busy <= 4)
+
+
+def test_h20_in_the_dark_could_have_reached_its_sheet_and_no_more() -> None:
+    """The ceiling holds for time nobody metered too; FP8 has the sheet's highest."""
+    dark = usage(tier="none", cycles=Cycles(), cycles_origin="absent")
+
+    assert work_on("H20", dark).flop_tensor.high == (148 * 10**12 + 15 * 10**11) * 60 + 2
+    assert work_on("H20", dark, None).flop_tensor.high == (296 * 10**12 + 15 * 10**11) * 60 + 2
+
+
+def test_h800_double_precision_is_cut_to_its_sheet() -> None:
+    """One teraflop a second, in whichever way it is held down."""
+    found = msgspec.structs.replace(usage().cycles, fp64=ELAPSED)
+    result = work_on("H800 SXM", usage(cycles=found)).flop_cores
+
+    assert (result.low, result.central) == (0, ELAPSED * 4)
+    assert result.high == 15 * 10**11 * 60 + 1
+
+
+@given(st.sampled_from(TABLE.accelerators), usages())
+def test_a_model_taken_for_unknown_keeps_its_truth_within_wider_bounds(
+    row: Accelerator, record: UsageRecord
+) -> None:
+    """A stand-in's low is no higher and its high no lower than the model's own."""
+    capability = TABLE.architecture_of(row).compute_capabilities[0]
+    sums = basis(record)
+    own, wide = (
+        work(sums, table=TABLE, accelerator=device, device_name="X1", precision=record.precision)
+        for device in (TABLE.of_row(row), TABLE.resolve("X1", None, capability))
+    )
+
+    for name in ("flop", "tensor_integer_operations", "integer_operations"):
+        narrow, broad = getattr(own, name), getattr(wide, name)
+        assert broad.low <= narrow.low
+        assert broad.high >= narrow.high
+    assert any("X1" in reason for reason in wide.reasons) or not wide.reasons
+
+
+# --- first estimates -------------------------------------------------------------------------
+
+
+@given(usages())
+def test_an_estimate_is_what_the_ledger_computes(record: UsageRecord) -> None:
+    """Agent and collector share one function: the same counters give the same numbers."""
+    found = estimate(record, TABLE)
+    own = flop_of(record, record.precision).flop
+
+    assert found is not None
+    assert (int(found.flop_low), int(found.flop_central)) == (own.low, own.central)
+    assert found.flop_high is not None
+    assert int(found.flop_high) == own.high
+    assert (found.model_version, found.table_version) == (FLOP_MODEL_VERSION, TABLE.version)
+    assert estimate(msgspec.structs.replace(record, estimate=found), TABLE) == found
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, "dense_at_counted_cycles"),
+        ({"tier": "dcgm_pipes"}, "dense_at_counted_cycles"),
+        ({"tier": "dcgm_pipes", "cycles_origin": "derived"}, "dense_at_sampled_clock"),
+        ({"tier": "gpm_util", "cycles_origin": "derived"}, "dense_at_sampled_clock"),
+        ({"tier": "gpu_util", "cycles_origin": "derived"}, "dense_at_sampled_clock"),
+        ({"tier": "none", "cycles": Cycles(), "cycles_origin": "absent"},
+         "dense_at_maximum_clock"),
+    ],
+)  # fmt: skip
+def test_an_estimate_names_its_peak_basis(changes: dict[str, Any], expected: str) -> None:
+    """Whether cycles were counted, or made from a clock, or only possible."""
+    found = estimate(usage(**changes), TABLE)
+
+    assert found is not None
+    assert found.peak_basis == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "precision", "assumed"),
+    [("NVIDIA H200", "fp8", "fp8"), ("NVIDIA H200", "fp4", "bf16"), ("NVIDIA H200", None, "bf16"),
+     ("NVIDIA H200", "int8", "bf16"), ("Tesla T4", None, "fp16"), ("Tesla T4", "bf16", "fp16")],
+)  # fmt: skip
+def test_an_estimate_names_the_precision_it_took(
+    name: str, precision: str | None, assumed: str
+) -> None:
+    """The declared one where the pipe offers it, else what the central value was made with."""
+    device = Device(uuid="GPU-1", name=name)
+    found = estimate(usage(device=device, precision=precision), TABLE)
+
+    assert found is not None
+    assert found.assumed_precision == assumed
+
+
+def test_an_unknown_device_of_a_known_architecture_has_a_wide_estimate() -> None:
+    """Its compute capability names the extremes; without one FLOP is absent."""
+    stranger = Device(uuid="GPU-1", name="NVIDIA X1", compute_capability="9.0")
+    found = estimate(usage(device=stranger), TABLE)
+
+    assert found is not None
+    assert (found.flop_low, found.flop_central) == ("0", str(ELAPSED // 2 * 4096))
+    nameless = msgspec.structs.replace(stranger, compute_capability=None)
+    assert estimate(usage(device=nameless), TABLE) is None
+
+
+# --- restatement -----------------------------------------------------------------------------
+
+
+@given(st.lists(cycles(), min_size=1, max_size=5))
+def test_a_corrected_rate_restates_history_and_edits_nothing(history: list[Cycles]) -> None:
+    """Table B doubles one rate: totals of the same sums double, first estimates stay as said."""
+    hopper = TABLE.architectures["hopper"]
+    rates = hopper.flop_per_cycle_per_sm | {"tensor_bf16": 8192}
+    corrected = msgspec.structs.replace(hopper, flop_per_cycle_per_sm=rates)
+    table_b = AcceleratorTable("B", TABLE.architectures | {"hopper": corrected}, TABLE.accelerators)
+    records = [usage(cycles=found) for found in history]
+    records = [msgspec.structs.replace(r, estimate=estimate(r, TABLE)) for r in records]
+    before = [msgspec.json.encode(record) for record in records]
+    sums: dict[str, int] = {}
+    for record in records:
+        for name, amount in basis(record).items():
+            sums[name] = sums.get(name, 0) + amount
+    old, new = (
+        work(sums, table=table, accelerator=table.by_key("H100 SXM"), device_name="",
+             precision="bf16")
+        for table in (TABLE, table_b)
+    )  # fmt: skip
+    float_tensor = sums.get("float_tensor", 0) + sums.get("coarse_tensor", 0)
+
+    assert new.flop_tensor.central - old.flop_tensor.central == float_tensor * 4096
+    assert new.flop_cores == old.flop_cores
+    assert sums.get(f"first_flop@{FLOP_MODEL_VERSION}/{TABLE.version}", 0) == old.flop.central
+    assert [msgspec.json.encode(record) for record in records] == before
+    restated = [estimate(record, table_b) for record in records]
+    assert sum(int(found.flop_central) for found in restated if found) == new.flop.central
 
 
 @given(counts, counts)

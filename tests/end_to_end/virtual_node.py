@@ -31,8 +31,14 @@ class VirtualNode:
     """One node whose seconds pass when the test says so; use as a context manager."""
 
     def __init__(
-        self, scenario: Mapping[str, object], *, name: str = "node-1", seed: int = 1
+        self,
+        scenario: Mapping[str, object],
+        *,
+        name: str = "node-1",
+        seed: int = 1,
+        tick_ns: int = SECOND_NS,
     ) -> None:
+        self.tick_ns = tick_ns
         self.clock = TestClock()
         self.name = name
         self.boot_id = "boot-1"
@@ -57,13 +63,15 @@ class VirtualNode:
 
     def _agent(self) -> AgentLoop:
         processes = ScenarioProcessTable(self.driver)
+        self.spool = Spool(self.disk, 2**30)
         return AgentLoop(
             facts=LoopFacts(node=self.name, cluster="virtual", program="test", simulated=True,
-                            boot_id=self.boot_id, tick_ns=SECOND_NS),
+                            boot_id=self.boot_id, tick_ns=self.tick_ns),
             clock=self.clock,
             source=NvmlSource(self.clock, load_table(), deadline_seconds=30.0),
+            table=load_table(),
             attributor=EnvironmentAttributor(processes, TagRegistry(processes)),
-            disk=self.disk, spool=Spool(self.disk, 2**30), key=self.key,
+            disk=self.disk, spool=self.spool, key=self.key,
             random_bytes=self.random.randbytes, synchronised=lambda: True,
         )  # fmt: skip
 
@@ -72,6 +80,20 @@ class VirtualNode:
         for _ in range(seconds):
             self.agent.tick()
             self.clock.now_ns += SECOND_NS
+
+    def run_ticks(self, count: int) -> None:
+        """Tick in the agent's own rhythm."""
+        for _ in range(count):
+            self.agent.tick()
+            self.clock.now_ns += self.tick_ns
+
+    def drain(self) -> list[SealedBatch]:
+        """What a collector would have taken by now; the spool is free again."""
+        batches: list[SealedBatch] = []
+        for waiting in self.spool.batches():
+            batches.append(decode(self.spool.read(waiting) or b""))
+            self.spool.free(waiting.stream_id, waiting.sequence)
+        return batches
 
     def kill_agent(self, dark_seconds: int) -> None:
         """The process dies as it stands; another one starts later."""

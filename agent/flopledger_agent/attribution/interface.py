@@ -75,6 +75,23 @@ class Attributor(Protocol):
         ...
 
 
+def with_default_precision(
+    claims: tuple[Claim, ...], precision: Precision | None
+) -> tuple[Claim, ...]:
+    """Claims in which work without a declared precision takes the configured one.
+
+    An idle device does no work that an operator could have meant.
+    """
+    if precision is None:
+        return claims
+    return tuple(
+        msgspec.structs.replace(claim, precision=precision, precision_origin="configured")
+        if claim.precision is None and claim.owner.kind != "idle"
+        else claim
+        for claim in claims
+    )
+
+
 def same_owners(left: tuple[Claim, ...], right: tuple[Claim, ...]) -> bool:
     """True when two sets of claims lead to the same records, so that no window must be split."""
     return _keyed(left) == _keyed(right)

@@ -62,7 +62,9 @@ class EnvironmentAttributor:
     def _claim(self, pid: int) -> Claim:
         process = self._processes.identify(pid)
         if process is None:
-            self._judged.pop(pid, None)
+            ended = self._judged.pop(pid, None)
+            if ended is not None:
+                return ended[2]  # it held the device and ended between the listing and this look
             return _unattributed(f"process {pid} has ended or is hidden from the agent", None)
         version = self._registry.version
         known = self._judged.get(pid)

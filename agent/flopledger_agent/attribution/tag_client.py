@@ -41,14 +41,9 @@ class CommandNotStarted(AgentError):
 
 def register(path: Path, tags: Tags, *, pid: int | None = None) -> None:
     """Tell the agent about a process (None: this one). Errors: TagNotRegistered."""
-    request = msgspec.json.encode(TagRequest(tags=tags, pid=pid)) + b"\n"
+    request = msgspec.json.encode(TagRequest(tags=tags, pid=pid))
     try:
-        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
-            connection.settimeout(CLIENT_TIMEOUT_SECONDS)
-            connection.connect(str(path))
-            connection.sendall(request)
-            line = _line(connection)
-        answer = msgspec.json.decode(line, type=TagAnswer)
+        answer = msgspec.json.decode(ask(path, request), type=TagAnswer)
     except OSError as error:
         reason = error.strerror or str(error)
         raise TagNotRegistered(f"the agent does not answer at {path} ({reason})") from error
@@ -56,6 +51,15 @@ def register(path: Path, tags: Tags, *, pid: int | None = None) -> None:
         raise TagNotRegistered(f"the agent at {path} gave no answer") from error
     if answer.error is not None:
         raise TagNotRegistered(answer.error)
+
+
+def ask(path: Path, request: bytes, timeout_seconds: float = CLIENT_TIMEOUT_SECONDS) -> bytes:
+    """One line to the agent, one line back, empty when it said nothing. Errors: OSError."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
+        connection.settimeout(timeout_seconds)
+        connection.connect(str(path))
+        connection.sendall(request + b"\n")
+        return _line(connection)
 
 
 def run_tagged(

@@ -15,7 +15,7 @@ import socketserver
 import stat
 import struct
 import threading
-from typing import TYPE_CHECKING, Final, cast
+from typing import TYPE_CHECKING, Final, Protocol, cast
 
 import msgspec
 
@@ -24,6 +24,7 @@ from flopledger_agent.errors import StateError
 from flopledger_core.errors import InvalidInput
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
     from flopledger_agent.attribution.interface import Process, ProcessTable
@@ -104,6 +105,11 @@ class TagRegistry:
                     return entry
         return None
 
+    def tagged_pids(self) -> frozenset[int]:
+        """Pids that were registered, ended ones included; `find` says whether a tag still holds."""
+        with self._lock:
+            return frozenset(pid for pid, _create_time_ms in self._entries)
+
     def entries(self) -> tuple[RegisteredTag, ...]:
         """Every tag of a process that still lives, by pid."""
         with self._lock:
@@ -119,12 +125,32 @@ class TagRegistry:
                 self.version += 1
 
 
-class TagServer:
-    """Listens on a local socket and registers what clients say."""
+class OtherRequests(Protocol):
+    """Answers what comes through the same socket and is no tag."""
 
-    def __init__(self, path: Path, registry: TagRegistry) -> None:
+    def answer(self, line: bytes, uid: int) -> bytes | None:
+        """The answer to a line from user `uid`; None when the line is not for it."""
+        ...
+
+
+class TagServer:
+    """Listens on a local socket and registers what clients say.
+
+    `registered` is called after each registration, from any thread; `others` is asked first.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        registry: TagRegistry,
+        *,
+        registered: Callable[[], None] | None = None,
+        others: OtherRequests | None = None,
+    ) -> None:
         self._path = path
         self._registry = registry
+        self._registered = registered
+        self._others = others
         self._server: _Server | None = None
         self._thread: threading.Thread | None = None
 
@@ -143,6 +169,8 @@ class TagServer:
                 "in a directory the agent may write to"
             ) from error
         self._server.registry = self._registry
+        self._server.registered = self._registered
+        self._server.others = self._others
         self._thread = threading.Thread(target=self._server.serve_forever, name="tags", daemon=True)
         self._thread.start()
 
@@ -186,6 +214,8 @@ class _Server(socketserver.ThreadingMixIn, socketserver.UnixStreamServer):
     block_on_close = False
     request_queue_size = 64
     registry: TagRegistry
+    registered: Callable[[], None] | None = None
+    others: OtherRequests | None = None
 
     def __init__(self, path: str, handler: type[socketserver.BaseRequestHandler]) -> None:
         self.places = threading.BoundedSemaphore(CONNECTIONS_MAX)
@@ -207,13 +237,13 @@ class _Handler(socketserver.BaseRequestHandler):
             return  # closed without an answer: the client runs its command untagged by us
         try:
             self.request.settimeout(READ_TIMEOUT_SECONDS)
-            reply = self._reply(server.registry)
+            reply = self._reply(server)
             with contextlib.suppress(OSError):
-                self.request.sendall(msgspec.json.encode(reply) + b"\n")
+                self.request.sendall(reply + b"\n")
         finally:
             server.places.release()
 
-    def _reply(self, registry: TagRegistry) -> TagAnswer:
+    def _reply(self, server: _Server) -> bytes:
         size = _CREDENTIALS.size
         credentials = self.request.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, size)
         pid, uid, _gid = _CREDENTIALS.unpack(credentials)
@@ -226,22 +256,29 @@ class _Handler(socketserver.BaseRequestHandler):
             received += piece
             if not piece or b"\n" in piece or len(received) > REQUEST_BYTES_MAX:
                 break
-        if len(received) > REQUEST_BYTES_MAX:
-            return TagAnswer(error=f"the request is longer than {REQUEST_BYTES_MAX} bytes")
         line, newline, _rest = received.partition(b"\n")
-        if not newline:
-            return TagAnswer(error="the request did not end in time; send one line")
-        return answer(line, pid=pid, uid=uid, registry=registry)
+        if len(received) > REQUEST_BYTES_MAX:
+            reply = TagAnswer(error=f"the request is longer than {REQUEST_BYTES_MAX} bytes")
+        elif not newline:
+            reply = TagAnswer(error="the request did not end in time; send one line")
+        else:
+            other = None if server.others is None else server.others.answer(line, uid)
+            if other is not None:
+                return other
+            reply = answer(line, pid=pid, uid=uid, registry=server.registry)
+            if reply.registered_pid is not None and server.registered is not None:
+                server.registered()
+        return msgspec.json.encode(reply)
 
 
 def _is_of(process: Process, uid: int) -> bool:
     """Whether a process runs for a user, by number where the table knows it."""
     if process.uid is not None:
         return process.uid == uid
-    return process.user == _user_name(uid)
+    return process.user == user_name(uid)
 
 
-def _user_name(uid: int) -> str:
+def user_name(uid: int) -> str:
     """A user's name as the process table tells it."""
     try:
         return pwd.getpwuid(uid).pw_name

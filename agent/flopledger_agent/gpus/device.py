@@ -9,34 +9,41 @@ asked again at every reading, and whatever the driver allocated is given back on
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
+import functools
+import re
 from fractions import Fraction
 from typing import TYPE_CHECKING, Final, TypeVar, cast
 
 import msgspec
 
-from flopledger_agent.gpus.gpm import ALL_IDS, PERCENTAGE_IDS, GpmMeter, GpmReading, Scale
+from flopledger_agent.gpus.clock_samples import ClockMean
+from flopledger_agent.gpus.gpm import GpmMeter, GpmReading, Scale
+from flopledger_agent.gpus.gpm_pair import GpmPair
 from flopledger_agent.gpus.interface import GpuSample
 from flopledger_agent.gpus.limits import UNKNOWN_LIMITS, Limits, limits_of
+from flopledger_agent.gpus.mig_reader import PartitionReader
 from flopledger_agent.gpus.nvml_errors import NOT_FOUND, DriverError, Scope
 from flopledger_core.errors import FlopLedgerError
 from flopledger_core.records import Device
 from flopledger_core.units import INT64_MAX
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     from flopledger_agent.clocks import Clock
-    from flopledger_agent.gpus.nvml import GpmQuery, GpmSampleBuffer, Handle, Nvml
-    from flopledger_core.accelerators import Accelerator, AcceleratorTable
-    from flopledger_core.records import Tier
+    from flopledger_agent.gpus.nvml import Handle, Nvml
+    from flopledger_core.accelerators import Accelerator, AcceleratorTable, Resolved
+    from flopledger_core.records import EnergyScope, Tier
 
 T = TypeVar("T")
 
 NOT_AVAILABLE: Final = frozenset({2**32 - 1, 2**64 - 1})  # NVML_VALUE_NOT_AVAILABLE_*
 DEVICE_NAME_MAX: Final = 128  # records.Device.name
 UNKNOWN_NAME: Final = "unknown"  # of a device that does not tell it yet
+COMPUTE_CAPABILITY: Final = re.compile(r"[1-9][0-9]?\.[0-9]")  # what records.Device can hold
+# Cycles of these tiers are ratios times the clock; counted cycles do not need one.
+CLOCK_TIERS: Final = frozenset({"gpm_util", "sm_active", "gpu_util"})
 # Readings held back at most while the scale of the cycle counters is found out: counting begins
 # with the first sample, which also bridges dark time. Two intervals take three readings, of which
 # two are held back. A sleeping GPU may not show its scale for long: then percentages serve first.
@@ -67,90 +74,44 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     delivered: bool
 
 
-class _Gpm:
-    """The two sample buffers of a device, and the query over them.
-
-    `_buffers[0]` is the baseline, `_buffers[1]` the newest sample; they are swapped once a sample
-    is known to be delivered, so no cycle falls between two means.
-    """
-
-    def __init__(self, nvml: Nvml, handle: Handle, meter: GpmMeter) -> None:
-        self._nvml = nvml
-        self._handle = handle
-        self._buffers: list[GpmSampleBuffer] = []
-        self._query: GpmQuery = nvml.gpm_query(ALL_IDS)
-        self._whole = True
-        self._baseline = False  # the baseline buffer holds the last delivered sample
-        self._fresh = False
-        self.meter = meter
-        try:
-            for _ in range(2):
-                self._buffers.append(nvml.gpm_allocate())
-            nvml.gpm_sample(handle, self._buffers[0])  # the first reading has a pair already
-        except BaseException:
-            self.free()
-            raise
-
-    def free(self) -> None:
-        """Give the buffers back, as far as the driver takes them; nothing is read afterwards."""
-        while self._buffers:
-            with contextlib.suppress(DriverError):
-                self._nvml.gpm_free(self._buffers.pop())
-
-    def settle(self, *, delivered: bool) -> None:
-        """Learn what became of the previous sample."""
-        if delivered:
-            if self._fresh:
-                self._buffers.reverse()
-            self._baseline = self._fresh
-        self._fresh = False
-
-    def take(self) -> bool:
-        """Freeze the counters now."""
-        self._nvml.gpm_sample(self._handle, self._buffers[1])
-        self._fresh = True
-        return True
-
-    def reading(self, boot_ns: int, sm_clock_khz: int | None, *, hand_over: bool) -> GpmReading:
-        """What the pair of samples says. `hand_over`: see GpmMeter.interpret."""
-        try:
-            answers = self._query.answers(*self._buffers)
-        except DriverError as error:
-            if error.meaning.scope != "field" or not self._whole:
-                raise
-            # A driver that does not know the newer ids may refuse the whole call.
-            narrow = self._nvml.gpm_query(PERCENTAGE_IDS)
-            answers = narrow.answers(*self._buffers)
-            if error.meaning.reason in {"invalid_argument", "not_supported", "not_found"}:
-                self._query, self._whole = narrow, False
-        return self.meter.interpret(
-            answers,
-            boot_ns=boot_ns,
-            sm_clock_khz=sm_clock_khz,
-            since_delivered=self._baseline,
-            hand_over=hand_over,
-        )
-
-
 @dataclasses.dataclass(slots=True, kw_only=True)
 class _Opened:
     """A device whose handle is valid, with what does not change while it is."""
 
     handle: Handle
     device: Device
-    row: Accelerator | None = None
+    known: Resolved | None = None  # the table's row, or the stand-in of the architecture
     limits: Limits = UNKNOWN_LIMITS
-    gpm: _Gpm | None = None
+    partitioned: bool = False  # MIG is on: read by parts, not as a whole
+    gpm: GpmPair | None = None
+    parts: PartitionReader | None = None
     facts: dict[str, object] = dataclasses.field(default_factory=dict)  # answered, for good
     absent: dict[str, str] = dataclasses.field(default_factory=dict)
     lasting: dict[str, str] = dataclasses.field(default_factory=dict)  # not worth asking again
     is_complete: bool = False  # no fact is left to ask for again
 
+    @property
+    def row(self) -> Accelerator | None:
+        """What the table says of the device, be it only its architecture."""
+        return None if self.known is None else self.known.accelerator
+
+    @property
+    def energy_scope(self) -> EnergyScope:
+        """What the energy counter covers; power is read at the same scope."""
+        return "gpu" if self.row is None else self.row.energy_scope
+
 
 class DeviceReader:
     """Samples the GPU with one UUID."""
 
-    def __init__(self, nvml: Nvml, clock: Clock, table: AcceleratorTable, uuid: str) -> None:
+    def __init__(
+        self,
+        nvml: Nvml,
+        clock: Clock,
+        table: AcceleratorTable,
+        uuid: str,
+        scales: Mapping[str, Scale] | None = None,
+    ) -> None:
         self._nvml = nvml
         self._clock = clock
         self._table = table
@@ -158,21 +119,32 @@ class DeviceReader:
         self._generation = -1
         self._returns = 0
         self._opened: _Opened | None = None
-        self._scale: Scale | None = None
+        # What an earlier reader found out on this driver, by the key of a GPU or part.
+        self._first_scales: dict[str, Scale] = dict(scales or {})
+        self._scale: Scale | None = self._first_scales.get(uuid)
         self._sm_count_known: int | None = None
         self._warm_up = WARM_UP_READINGS
         # Whether the last sample, and the last one that reached the consumer, had cycles to count
         # from; None: there was none.
         self._counted: bool | None = None
         self._delivered_counted: bool | None = None
+        self._counted_by: Scale | None = None  # the scale of the cycles delivered last
         self._follows = False  # the tick before this one was delivered
+        self._clocks = ClockMean()
 
-    def read(self, request: Request) -> GpuSample:
-        """One sample. Errors: DeviceUnreadable."""
+    def read(self, request: Request) -> tuple[GpuSample, ...]:
+        """One sample of the GPU, or of each part of a partitioned one. Errors: DeviceUnreadable."""
+        self._clocks.settle(delivered=request.delivered)
+        if self._opened is not None:
+            for counters in (self._opened.gpm, self._opened.parts):
+                if counters is not None:
+                    counters.settle(delivered=request.delivered)
         if request.generation != self._generation:
-            self._generation = request.generation
             self.release()
-            self._scale = None  # another driver may count otherwise
+            if self._generation >= 0:
+                self._scale = None  # another driver may count otherwise
+                self._first_scales = {}
+            self._generation = request.generation
             self._warm_up = WARM_UP_READINGS
         if request.return_count != self._returns:
             self._returns = request.return_count
@@ -181,38 +153,63 @@ class DeviceReader:
         if request.delivered:
             self._delivered_counted = self._counted
         try:
-            if self._opened is None:
-                handle = self._nvml.handle_by_uuid(self._uuid)
-                device = Device(uuid=self._uuid, name=UNKNOWN_NAME)
-                self._opened = _Opened(handle=handle, device=device)
-            opened = self._opened
+            opened = self._open()
             if not opened.is_complete:
                 self._complete(opened)
-            if opened.gpm is not None:
-                opened.gpm.settle(delivered=request.delivered)
-            sample = self._sample(opened)
+            samples = self._samples(opened)
         except DriverError as error:
             opening = self._opened is None
             self.release()
             if opening and error.code == NOT_FOUND:
                 raise DeviceUnreadable("device_missing", "device") from error
             raise DeviceUnreadable(error.meaning.reason, error.meaning.scope) from error
-        self._counted = sample.cycles is not None
+        self._counted = None if opened.partitioned else samples[0].cycles is not None
         self._warm_up = 0
-        return sample
+        return samples
+
+    def scales(self) -> dict[str, Scale]:
+        """The scales of cycle counters found out so far, by the key of the GPU or part."""
+        parts = None if self._opened is None else self._opened.parts
+        found: dict[str, Scale] = {} if parts is None else dict(parts.scales())
+        if self._scale is not None:
+            found[self._uuid] = self._scale
+        return found
 
     def release(self) -> None:
         """Give back what the driver allocated for this device."""
         opened, self._opened = self._opened, None
         if opened is not None and opened.gpm is not None:
+            self._counted_by = opened.gpm.meter.counted_by
             opened.gpm.free()
+        if opened is not None and opened.parts is not None:
+            self._first_scales |= opened.parts.scales()
+            opened.parts.free()
 
-    def give_back(self) -> GpuSample | None:
+    def give_back(self) -> tuple[GpuSample, ...] | None:
         """Release, as a last job."""
         self.release()
         return None
 
     # --- what does not change -----------------------------------------------------------------
+
+    def _open(self) -> _Opened:
+        """The device, opened anew where MIG was switched: then nothing else is as it was."""
+        opened = self._opened
+        if opened is not None:
+            partitioned = self._is_partitioned(opened)
+            if partitioned == opened.partitioned:
+                return opened
+            self.release()
+        handle = self._nvml.handle_by_uuid(self._uuid)
+        device = Device(uuid=self._uuid, name=UNKNOWN_NAME)
+        opened = self._opened = _Opened(handle=handle, device=device)
+        opened.partitioned = self._is_partitioned(opened)
+        return opened
+
+    def _is_partitioned(self, opened: _Opened) -> bool:
+        """Whether MIG is on; as it was before where that cannot be read."""
+        found = self._field(opened, "mig_mode", self._nvml.mig_enabled, {})
+        return opened.partitioned if found is None else found
 
     def _complete(self, opened: _Opened) -> None:
         """Ask for the facts not known yet; what failed in passing is asked again next time."""
@@ -221,7 +218,8 @@ class DeviceReader:
         opened.is_complete = True
         name = self._fact(opened, "name", nvml.name) or UNKNOWN_NAME
         pci = self._fact(opened, "pci_device_id", nvml.pci_device_id)
-        opened.row = self._table.find(name, pci)
+        capability = self._compute_capability(opened)
+        opened.known = self._table.resolve(name, pci, capability)
         max_clock_khz = self._fact(opened, "", nvml.max_sm_clock_khz)
         opened.limits = limits_of(opened.row, max_clock_khz)
         sm_count = self._sm_count(opened)
@@ -231,41 +229,56 @@ class DeviceReader:
                 self._delivered_counted = False
             self._sm_count_known = sm_count
         opened.device = Device(
-            uuid=self._uuid, name=name[:DEVICE_NAME_MAX], pci_device_id=pci, sm_count=sm_count
+            uuid=self._uuid,
+            name=name[:DEVICE_NAME_MAX],
+            pci_device_id=pci,
+            compute_capability=capability,
+            sm_count=sm_count,
         )
         if opened.gpm is None:
-            self._open_gpm(opened)
+            self._open_counters(opened)
         else:
             opened.gpm.meter.learn_device(sm_count, opened.limits)
 
-    def _open_gpm(self, opened: _Opened) -> None:
+    def _open_counters(self, opened: _Opened) -> None:
         supported = self._fact(opened, "gpm", self._nvml.gpm_supported)
-        if supported:
-            meter = GpmMeter(opened.device.sm_count, self._scale, opened.limits)
-            opened.gpm = self._attempt(
-                opened, "gpm", lambda handle: _Gpm(self._nvml, handle, meter)
+        if opened.partitioned:
+            if opened.parts is None:
+                # What the whole GPU counts need not be what its parts count.
+                known: dict[str, Scale] = dict(self._first_scales)
+                known.pop(self._uuid, None)
+                opened.parts = PartitionReader(self._nvml, opened.handle, known)
+            opened.parts.has_gpm, opened.parts.row = bool(supported), opened.row
+        elif supported:
+            meter = GpmMeter(
+                opened.device.sm_count, self._scale, opened.limits, counted_by=self._counted_by
             )
-        if opened.gpm is None:
+            opened.gpm = self._attempt(
+                opened,
+                "gpm",
+                lambda handle: GpmPair(
+                    self._nvml, functools.partial(self._nvml.gpm_sample, handle), meter
+                ),
+            )
+        if opened.gpm is None and not opened.partitioned:
             opened.absent.setdefault("gpm", "gpm_not_supported")
 
+    def _compute_capability(self, opened: _Opened) -> str | None:
+        """Names the architecture, also of a model that the hardware table lacks."""
+        capability = self._fact(opened, "compute_capability", self._nvml.compute_capability)
+        if capability is not None and not COMPUTE_CAPABILITY.fullmatch(capability):
+            opened.absent["compute_capability"] = "out_of_range"
+            return None
+        return capability
+
     def _sm_count(self, opened: _Opened) -> int | None:
-        """SMs by the driver's core count, else by the table; None with the reason."""
-        row = opened.row
-        if row is not None:
-            cores_per_sm: int | None = self._table.architecture_of(row).cores_per_sm
-        else:
-            capability = self._fact(opened, "", self._nvml.compute_capability)
-            matches = [
-                architecture.cores_per_sm
-                for architecture in self._table.architectures.values()
-                if capability in architecture.compute_capabilities
-            ]
-            cores_per_sm = matches[0] if matches else None
+        """SMs by the driver's core count, else by the model's row; None with the reason."""
+        known = opened.known
         cores = self._fact(opened, "", self._nvml.core_count)
-        if cores and cores_per_sm and cores % cores_per_sm == 0:
-            return cores // cores_per_sm
-        if row is not None:
-            return row.sm_count
+        if cores and known is not None and cores % known.architecture.cores_per_sm == 0:
+            return cores // known.architecture.cores_per_sm
+        if known is not None and known.in_table:
+            return known.accelerator.sm_count
         opened.absent["sm_count"] = "sm_count_unknown"
         return None
 
@@ -294,10 +307,14 @@ class DeviceReader:
 
     # --- every tick ---------------------------------------------------------------------------
 
-    def _sample(self, opened: _Opened) -> GpuSample:
+    def _samples(self, opened: _Opened) -> tuple[GpuSample, ...]:
         nvml, gpm = self._nvml, opened.gpm
         absent = dict(opened.absent)
         hand_over = self._delivered_counted is False
+        if opened.parts is not None:
+            unclear = opened.parts.look(opened.device, opened.limits)
+            if unclear is not None:
+                raise DeviceUnreadable(unclear, "field")
         before_ns = self._clock.boottime_ns()
         limits = opened.limits
         highest_mj = limits.energy_mj(before_ns)
@@ -306,24 +323,31 @@ class DeviceReader:
         if gpm is not None:
             before_ns = self._clock.boottime_ns()
             taken = self._field(opened, "gpm", lambda _handle: gpm.take(), absent)
+        elif opened.parts is not None:
+            before_ns = self._clock.boottime_ns()
+            opened.parts.freeze()
         boot_ns = (before_ns + self._clock.boottime_ns()) // 2
-        sm_clock_khz = self._number(
+        clock_khz = self._number(
             opened, "sm_clock_khz", nvml.sm_clock_khz, absent, limits.sm_clock_khz
         )
-        power_mw = self._number(opened, "power_mw", nvml.power_mw, absent, limits.power_mw)
+        of_module = opened.energy_scope == "module"
+        read_power = nvml.module_power_mw if of_module else nvml.power_mw
+        power_mw = self._number(opened, "power_mw", read_power, absent, limits.power_mw)
         processes = self._processes(opened, absent)
         reading: GpmReading | None = None
         if gpm is not None and taken:
             reading = self._field(
                 opened,
                 "gpm",
-                lambda _handle: gpm.reading(boot_ns, sm_clock_khz, hand_over=hand_over),
+                lambda _handle: gpm.reading(boot_ns, clock_khz, hand_over=hand_over),
                 absent,
             )
         tier, utilization = self._tier(opened, reading, absent)
+        finest = tier if opened.parts is None else opened.parts.finest_tier
+        sm_clock_khz = self._mean_clock(opened, finest, clock_khz, absent)
         self._require_something(opened, tier, absent)
         self._require_scale(opened, absent)
-        return GpuSample(
+        whole = GpuSample(
             device=opened.device,
             boot_ns=boot_ns,
             tier=tier,
@@ -334,7 +358,16 @@ class DeviceReader:
             power_mw=power_mw,
             processes=processes,
             absent=absent,
+            energy_counter_mj=energy_mj,
+            energy_scope=opened.energy_scope,
+            uncertain_cycles=0 if reading is None else reading.uncertain_cycles,
         )
+        if opened.parts is None:
+            return (whole,)
+        samples = opened.parts.samples(whole, clock_khz)
+        for sample in samples:
+            self._require_scale(opened, sample.absent)
+        return samples
 
     def _tier(
         self, opened: _Opened, reading: GpmReading | None, absent: dict[str, str]
@@ -358,6 +391,32 @@ class DeviceReader:
         if percent is None:
             return ("gpm_cycles" if counted else "none"), None
         return "gpu_util", {"sm_active": Fraction(percent, 100)}
+
+    def _mean_clock(
+        self, opened: _Opened, tier: Tier, reading_khz: int | None, absent: dict[str, str]
+    ) -> int | None:
+        """The mean since the previous sample, see `clock_samples`.
+
+        The driver's buffer is asked only where cycles depend on it. A device without one is noted.
+        """
+        of_ends = self._clocks.of_ends(reading_khz)
+        if tier not in CLOCK_TIERS:
+            return of_ends
+        notes: dict[str, str] = {}
+        of_samples = self._field(
+            opened,
+            "sm_clock_samples",
+            lambda handle: self._clocks.of_samples(
+                functools.partial(self._nvml.sm_clock_samples, handle), opened.limits.sm_clock_khz
+            ),
+            notes,
+        )
+        if "sm_clock_samples" in opened.lasting:
+            absent |= notes
+        if of_samples is None:
+            return of_ends
+        absent.pop("sm_clock_khz", None)
+        return of_samples
 
     def _processes(self, opened: _Opened, absent: dict[str, str]) -> tuple[int, ...] | None:
         """Compute processes and clients of MPS; graphics alone does not hold a device."""

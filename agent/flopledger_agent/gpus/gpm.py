@@ -2,15 +2,15 @@
 
 Pure: no driver, no clock. Percentages become exact ratios; cumulative counters become integer
 SM-cycles summed over SMs. What the counters count (every SM, or the mean SM) is documented by
-nobody, so it is found out by comparison with the SM clock, cycles are given only once that is
-certain, and every later interval is held against it: a wrong scale is wrong by the number of SMs.
+nobody, so it is proven: by intervals whose rate the other scale cannot have. Cycles are given only
+then, and every later interval is held against it: a wrong scale is wrong by the number of SMs.
 """
 
 from __future__ import annotations
 
 import math
 from fractions import Fraction
-from typing import TYPE_CHECKING, Final, Literal, TypeVar
+from typing import TYPE_CHECKING, Final, Literal
 
 import msgspec
 
@@ -20,7 +20,7 @@ from flopledger_core.records import Cycles, Tier
 from flopledger_core.units import INT64_MAX, NS_PER_SECOND
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Mapping
 
 PERCENTAGES: Final[dict[str, int]] = {
     "sm_active": 2,
@@ -51,27 +51,33 @@ COUNTERS: Final[dict[str, int]] = {
 }
 """`Cycles` field -> GPM metric id of its cumulative counter (R595 drivers and newer)."""
 
+GRAPHICS_UTIL: Final = 1  # share of the time in which any program ran: a witness of being awake
 PERCENTAGE_IDS: Final = tuple(PERCENTAGES.values())
-ALL_IDS: Final = PERCENTAGE_IDS + tuple(COUNTERS.values())
+ALL_IDS: Final = (*PERCENTAGE_IDS, *COUNTERS.values(), GRAPHICS_UTIL)
 
 NO_TIME: Final = Fraction(0)
+# Counters come as doubles, which hold every whole number below this and round those above it.
+EXACT_DOUBLES: Final = 2**53
 # A percentage a little above 100 is a rounding of the driver and read as 100; more is no reading.
 PERCENT_MAX: Final = 101.0
-# The counter's rate may be off the clock readings at both ends by this factor (the clock moved in
-# between); the two candidate scales differ by the number of SMs, which must exceed its square.
-SCALE_TOLERANCE: Final = 3.0
+# While it is awake the SM clock may fall below the readings at both ends by this factor. The scales
+# differ by the number of SMs, which must exceed its square, or nothing is proven.
+SCALE_TOLERANCE: Final = 3
 
-# Intervals in a row that must show one scale before it is believed: one alone deceives when the
-# device slept for most of it.
+# Intervals in a row that must prove one scale before it is believed: a single one may end with a
+# garbled reading.
 AGREEING_INTERVALS: Final = 2
 # How old the driver's own sample of the counters may be: an interval can hold so much more.
 REFRESH_NS: Final = 100_000_000
-# A value that is there but cannot be one, as against a counter the driver does not have.
-NO_READING: Final = frozenset({"not_a_number", "out_of_range"})
+# Without either of these nothing tells tensor work from any other.
+TENSOR_ACTIVITY: Final = frozenset({"any_tensor", "hmma"})
+# What a driver answers for a metric it does not have, as against one that fails this time.
+LACKING: Final = frozenset({"not_supported", "invalid_argument", "not_found", "not_requested"})
 
 Scale = Literal["sum", "mean"]
-Number = TypeVar("Number", int, Fraction)
+SCALES: Final[tuple[Scale, ...]] = ("sum", "mean")
 Answers = dict[int, tuple[int, float]]  # metric id -> (NVML return code, value)
+NOT_REQUESTED: Final = (-1, 0.0)  # stands where the driver was not asked
 
 
 class GpmReading(msgspec.Struct, frozen=True, kw_only=True):
@@ -84,6 +90,16 @@ class GpmReading(msgspec.Struct, frozen=True, kw_only=True):
     cycles: Cycles | None
     utilization: dict[str, Fraction] | None
     absent: dict[str, str]
+    uncertain_cycles: int = 0  # how far any of `cycles` may lie from the truth
+
+
+class Interval(msgspec.Struct, frozen=True, kw_only=True):
+    """Two readings of the elapsed-cycles counter, and what else is known of the time between."""
+
+    cycles: int  # how far the counter advanced, in its own unit
+    interval_ns: int
+    active_ratio: Fraction | None  # share of the time in which anything ran; None: not told
+    clock_khz: int | None  # the lower SM clock of the two ends; None: not read
 
 
 def ratio_of(percent: float) -> Fraction | str:
@@ -103,31 +119,56 @@ def count_of(value: float) -> int | str:
     return int(value)
 
 
-def classify_scale(
-    *,
-    cycles: int,
-    interval_ns: int,
-    clocks_khz: tuple[int, int],
-    sm_count: int,
-    mean_clock_khz_max: int = UNKNOWN_LIMITS.mean_clock_khz,
-) -> Scale | None:
-    """Whether a counter that advanced by `cycles` counts every SM or the mean SM; None: unclear.
+def uncertainty_of(highest: int, scale: Scale, sm_count: int) -> int:
+    """How far counters up to `highest` (in their own unit) lie from the truth at most, in cycles.
 
-    Compares its rate with the SM clock readings at both ends, by ratio, with a wide tolerance, and
-    asks that the clock it implies is one an awake device can have.
+    A double beyond 2^53 is the nearest of those there are, so it may be off by half their
+    distance; a mean over the SMs has lost up to one cycle of each.
     """
-    if cycles <= 0 or interval_ns <= 0 or min(clocks_khz) <= 0:
+    rounded = 0 if highest < EXACT_DOUBLES else int(math.ulp(float(highest))) // 2
+    return (rounded + 1) * sm_count if scale == "mean" else rounded
+
+
+def proven_scale(
+    interval: Interval, *, sm_count: int, mean_clock_khz_max: int = UNKNOWN_LIMITS.mean_clock_khz
+) -> Scale | None:
+    """What the counter counts, where the interval excludes the other possibility; else None.
+
+    Faster than one SM can be, it counts every SM. Slower than every SM together must be in the
+    time in which something ran, it counts the mean SM: a low rate alone proves nothing, because a
+    sum over a device that sleeps looks like the mean of one that is awake.
+    """
+    if interval.cycles <= 0 or interval.interval_ns <= 0:
         return None
     if sm_count <= SCALE_TOLERANCE * SCALE_TOLERANCE:
         return None
-    rate_khz = cycles * NS_PER_SECOND / interval_ns / 1000
-    low = max(SM_CLOCK_KHZ_MIN, min(clocks_khz) / SCALE_TOLERANCE)
-    high = min(mean_clock_khz_max, max(clocks_khz) * SCALE_TOLERANCE)
-    is_mean = low <= rate_khz <= high
-    is_sum = low * sm_count <= rate_khz <= high * sm_count
-    if is_mean == is_sum:
-        return None
-    return "mean" if is_mean else "sum"
+    too_fast = {
+        scale: contradicts(
+            scale,
+            cycles=interval.cycles,
+            interval_ns=interval.interval_ns,
+            sm_count=sm_count,
+            mean_clock_khz_max=mean_clock_khz_max,
+        )
+        for scale in SCALES
+    }
+    if too_fast["mean"]:
+        return None if too_fast["sum"] else "sum"
+    slowest = _fewest_cycles(interval)
+    is_mean = slowest <= interval.cycles < slowest * sm_count
+    return "mean" if is_mean and slowest > 0 else None
+
+
+def _fewest_cycles(interval: Interval) -> int:
+    """What one SM must have counted at least, awake while something ran; 0 where nothing is known.
+
+    The driver's two samples may be older than the readings, so that much of the time is not sure.
+    """
+    if interval.active_ratio is None:
+        return 0
+    awake_ns = math.floor(interval.active_ratio * interval.interval_ns) - REFRESH_NS
+    clock_khz = max(SM_CLOCK_KHZ_MIN, (interval.clock_khz or 0) // SCALE_TOLERANCE)
+    return max(0, awake_ns) * clock_khz * 1000 // NS_PER_SECOND
 
 
 def contradicts(
@@ -144,13 +185,20 @@ def contradicts(
 class GpmMeter:
     """Interprets one device's GPM answers, tick by tick; remembers the counters' scale.
 
-    The scale is believed once two intervals in a row agree on it (those that are unclear do not
-    count), and is held against every later interval; contradicted, it is found out anew.
+    The scale is believed once two intervals in a row prove it (those that prove nothing do not
+    count), and is held against every later interval; contradicted, it is found out anew. Cycles of
+    two scales are never subtracted from each other: where it changed, counting begins again.
     """
 
     def __init__(
-        self, sm_count: int | None, scale: Scale | None = None, limits: Limits = UNKNOWN_LIMITS
+        self,
+        sm_count: int | None,
+        scale: Scale | None = None,
+        limits: Limits = UNKNOWN_LIMITS,
+        *,
+        counted_by: Scale | None = None,
     ) -> None:
+        """`counted_by`: the scale of the last delivered cycles, where a meter before gave them."""
         self._sm_count = sm_count
         self._scale: Scale | None = scale
         self._limits = limits
@@ -158,15 +206,28 @@ class GpmMeter:
         self._candidate: Scale | None = None
         self._agreeing = 0
         self._why_unknown = "scale_undetermined"
+        self._given: Scale | None = None  # of the newest reading's cycles, if it had any
+        self._counted_by: Scale | None = counted_by
 
     @property
     def scale(self) -> Scale | None:
         """What the cycle counters count; None until it is certain."""
         return self._scale
 
+    @property
+    def counted_by(self) -> Scale | None:
+        """The scale of the last cycles that were delivered; None: there were none."""
+        return self._counted_by
+
     def learn_device(self, sm_count: int | None, limits: Limits) -> None:
         """Take over what became known of the device since it was opened."""
         self._sm_count, self._limits = sm_count, limits
+
+    def settle(self, *, delivered: bool) -> None:
+        """Learn what became of the previous reading."""
+        if delivered and self._given is not None:
+            self._counted_by = self._given
+        self._given = None
 
     def interpret(
         self,
@@ -184,32 +245,38 @@ class GpmMeter:
         `hand_over`: the last delivered sample had no cycles to count from, so the interval that
         ends now is told by ratios, and the cycles given with them begin the next one.
         """
-        counters, missing = _read(COUNTERS, answers, count_of)
-        self._follow(counters.get("elapsed"), boot_ns, sm_clock_khz)
+        counters, missing = _counts(answers)
+        self._follow(counters.get("elapsed"), answers, boot_ns, sm_clock_khz)
         cycles = self._cycles(counters, missing, boot_ns)
         absent: dict[str, str] = {}
         counted: Cycles | None = None
+        uncertain = 0
         if isinstance(cycles, Cycles):
-            counted = cycles
+            counted, uncertain = cycles, self._uncertainty(counters)
             absent = {f"cycles.{name}": reason for name, reason in missing.items()}
-            if not hand_over:
-                return GpmReading(
-                    tier="gpm_cycles", cycles=counted, utilization=None, absent=absent
-                )
+            self._given = self._scale
+            hand_over = hand_over or self._counted_by not in {None, self._scale}
         else:
             absent["cycles"] = cycles
-        if not since_delivered:
+        if counted is not None and not hand_over:
+            tier: Tier | None = "gpm_cycles"
+            ratios = None
+        elif not since_delivered:
             absent["utilization"] = "first_reading"
-            tier: Tier | None = None if counted is not None else "gpm_util"
-            return GpmReading(tier=tier, cycles=counted, utilization=None, absent=absent)
-        ratios, missing = _read(PERCENTAGES, answers, ratio_of)
-        if not ratios:
-            absent["utilization"] = next(iter(missing.values()))
-            return GpmReading(tier=None, cycles=counted, utilization=None, absent=absent)
-        absent |= {f"utilization.{name}": reason for name, reason in missing.items()}
-        return GpmReading(tier="gpm_util", cycles=counted, utilization=ratios, absent=absent)
+            tier, ratios = None if counted is not None else "gpm_util", None
+        else:
+            tier, ratios = _means(answers, absent)
+        return GpmReading(
+            tier=tier,
+            cycles=counted,
+            utilization=ratios,
+            absent=absent,
+            uncertain_cycles=uncertain,
+        )
 
-    def _follow(self, elapsed: int | None, boot_ns: int, clock_khz: int | None) -> None:
+    def _follow(
+        self, elapsed: int | None, answers: Answers, boot_ns: int, clock_khz: int | None
+    ) -> None:
         """Learn the scale from the interval that ends now, or hold it against the interval."""
         if elapsed is None or self._sm_count is None:
             return
@@ -230,13 +297,13 @@ class GpmMeter:
                 self._scale, self._candidate, self._agreeing = None, None, 0
                 self._why_unknown = "scale_contradicted"
             return
-        clocks = [clock for clock in (last[2], clock_khz) if clock is not None]
-        if not clocks:
-            return
-        found = classify_scale(
-            cycles=cycles,
-            interval_ns=interval_ns,
-            clocks_khz=(min(clocks), max(clocks)),
+        found = proven_scale(
+            Interval(
+                cycles=cycles,
+                interval_ns=interval_ns,
+                active_ratio=_active_ratio(answers),
+                clock_khz=min(filter(None, (last[2], clock_khz)), default=None),
+            ),
             sm_count=self._sm_count,
             mean_clock_khz_max=self._limits.mean_clock_khz,
         )
@@ -250,10 +317,9 @@ class GpmMeter:
     def _cycles(
         self, counters: Mapping[str, int], missing: Mapping[str, str], boot_ns: int
     ) -> Cycles | str:
-        if missing.get("elapsed") in NO_READING:
-            return missing["elapsed"]
-        if "elapsed" not in counters or not {"any_tensor", "hmma"} & counters.keys():
-            return "driver_lacks_cycle_counters"
+        if "elapsed" not in counters or not TENSOR_ACTIVITY & counters.keys():
+            why = missing.get("elapsed") or missing["any_tensor"]
+            return "driver_lacks_cycle_counters" if why in LACKING else why
         if self._sm_count is None:
             return "sm_count_unknown"
         if self._scale is None:
@@ -266,23 +332,63 @@ class GpmMeter:
             counters = {name: value * factor for name, value in counters.items()}
         return Cycles(**counters)
 
+    def _uncertainty(self, counters: Mapping[str, int]) -> int:
+        if self._scale is None or self._sm_count is None:
+            return 0
+        return uncertainty_of(max(counters.values()), self._scale, self._sm_count)
 
-def _read(
-    metrics: Mapping[str, int], answers: Answers, convert: Callable[[float], Number | str]
-) -> tuple[dict[str, Number], dict[str, str]]:
-    """The fields that have a value, and why each other one has none."""
-    values: dict[str, Number] = {}
+
+def _means(
+    answers: Answers, absent: dict[str, str]
+) -> tuple[Tier | None, dict[str, Fraction] | None]:
+    """The percentages of an interval and the tier they make; what is missing goes to `absent`."""
+    ratios, missing = _ratios(answers)
+    tier: Tier = "gpm_util" if TENSOR_ACTIVITY & ratios.keys() else "sm_active"
+    if tier == "sm_active" and "sm_active" not in ratios:
+        # Nothing says how busy the device was: a coarser source knows more.
+        absent["utilization"] = missing["sm_active"]
+        return None, None
+    absent |= {f"utilization.{name}": reason for name, reason in missing.items()}
+    return tier, ratios
+
+
+def _active_ratio(answers: Answers) -> Fraction | None:
+    """The share of the pair's time in which anything ran, where the driver tells."""
+    code, percent = answers.get(GRAPHICS_UTIL, NOT_REQUESTED)
+    ratio = ratio_of(percent)
+    return ratio if code == 0 and isinstance(ratio, Fraction) else None
+
+
+def _counts(answers: Answers) -> tuple[dict[str, int], dict[str, str]]:
+    """The counters that have a value, and why each other one has none."""
+    counts: dict[str, int] = {}
     missing: dict[str, str] = {}
-    for name, metric in metrics.items():
-        answer = answers.get(metric)
-        if answer is None:
-            missing[name] = "not_requested"
-        elif answer[0] != 0:
-            missing[name] = meaning_of(answer[0]).reason
+    for name, metric in COUNTERS.items():
+        code, value = answers.get(metric, NOT_REQUESTED)
+        # As `count_of` has it, in line: this runs for every counter of every device and tick.
+        if code == 0 and 0.0 <= value <= INT64_MAX:
+            counts[name] = int(value)
         else:
-            value = convert(answer[1])
-            if isinstance(value, str):
-                missing[name] = value
-            else:
-                values[name] = value
-    return values, missing
+            missing[name] = _why(code, count_of(value))
+    return counts, missing
+
+
+def _ratios(answers: Answers) -> tuple[dict[str, Fraction], dict[str, str]]:
+    """The percentages that have a value, as ratios, and why each other one has none."""
+    ratios: dict[str, Fraction] = {}
+    missing: dict[str, str] = {}
+    for name, metric in PERCENTAGES.items():
+        code, percent = answers.get(metric, NOT_REQUESTED)
+        ratio = ratio_of(percent)
+        if code == 0 and isinstance(ratio, Fraction):
+            ratios[name] = ratio
+        else:
+            missing[name] = _why(code, ratio)
+    return ratios, missing
+
+
+def _why(code: int, value: object) -> str:
+    """The reason why a metric has no value: its own error, else what is wrong with the value."""
+    if code == NOT_REQUESTED[0]:
+        return "not_requested"
+    return value if code == 0 and isinstance(value, str) else meaning_of(code).reason

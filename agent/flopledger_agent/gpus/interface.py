@@ -22,7 +22,8 @@ class GpuSample(msgspec.Struct, frozen=True, kw_only=True):
     since this device's previous sample, as exact ratios 0..1 by `Cycles` field name (tiers
     `gpm_util`, `gpu_util`); a source gives one or the other, or neither with a reason. Only where
     counting begins after samples without cycles does one sample give both: its ratios tell the
-    interval that ends and the tier, its cycles are what the next sample is counted from.
+    interval that ends and the tier, its cycles are what the next sample is counted from. Tier
+    `dcgm_pipes` gives ratios always, and cycles besides where the exporter counts them.
     `processes` None means that they could not be listed; an empty tuple means that none run.
     """
 
@@ -37,7 +38,7 @@ class GpuSample(msgspec.Struct, frozen=True, kw_only=True):
     processes: tuple[int, ...] | None
     absent: dict[str, str]
     # The whole GPU's raw counter; differs from `energy_mj` only for a part of a partitioned GPU,
-    # whose `energy_mj` is `device.slices.part(energy_counter_mj)`.
+    # whose `energy_mj` is `device.slices.part(energy_counter_mj)`. `power_mw` is the whole GPU's.
     energy_counter_mj: int | None = None
     energy_scope: EnergyScope = "gpu"
     uncertain_cycles: int = 0  # see UsageRecord
@@ -49,6 +50,7 @@ class DeviceFailure(msgspec.Struct, frozen=True, kw_only=True):
 
     device: Device
     reason: str  # a stable word, e.g. gpu_is_lost, timeout, unknown_error
+    xids: tuple[int, ...] = ()  # as in GpuSample; each error is told once, here or there
 
 
 class NodeSample(msgspec.Struct, frozen=True, kw_only=True):
@@ -71,6 +73,18 @@ class GpuSource(Protocol):
         """One reading of every device; never raises for a device's sake."""
         ...
 
+    def pause(self) -> None:
+        """Let go of the driver until `resume`, so that another program has it to itself.
+
+        Meanwhile every expected device is sampled as a failure with the reason `paused`. Nothing
+        is bridged: who counts over a pause treats it as time that nobody measured.
+        """
+        ...
+
+    def resume(self) -> None:
+        """Take the driver again at the next sample."""
+        ...
+
     def close(self) -> None:
-        """Let go of the driver."""
+        """Let go of the driver for good."""
         ...

@@ -12,6 +12,8 @@ import msgspec
 
 from flopledger_agent.gpus.device import DEVICE_NAME_MAX, UNKNOWN_NAME
 from flopledger_agent.gpus.nvml_errors import DriverError
+from flopledger_agent.gpus.selection import EVERYTHING, Selection
+from flopledger_agent.gpus.xids import XidWatch
 from flopledger_core.records import Device
 
 if TYPE_CHECKING:
@@ -30,11 +32,27 @@ class NodeView(msgspec.Struct, frozen=True, kw_only=True):
     unidentified: tuple[tuple[int, str], ...]  # index and reason of a device without a name
 
 
-class NodeReader:
-    """Opens the driver and finds its devices; lives in one thread."""
+class Survey(msgspec.Struct, frozen=True, kw_only=True):
+    """Where devices are in the driver's list: what a successor needs to keep off one that hangs."""
 
-    def __init__(self, nvml: Nvml) -> None:
+    places: dict[str, int]  # index by UUID
+    device_count: int | None
+    stuck_index: int | None  # asked who it is at this moment
+
+
+class NodeReader:
+    """Opens the driver and finds its devices; lives in one thread.
+
+    `xids.attach` and `survey` may be called by another thread.
+    """
+
+    def __init__(self, nvml: Nvml, selection: Selection = EVERYTHING) -> None:
         self._nvml = nvml
+        self._selection = selection
+        self.xids = XidWatch(nvml)
+        self._registered: frozenset[str] = frozenset()
+        self._places: dict[str, int] = {}
+        self._asking_index: int | None = None
         self._open = False
         self._generation = 0
         self._driver: str | None = None
@@ -51,6 +69,7 @@ class NodeReader:
             self._open = True
             self._generation += 1
             self._view = None
+            self._registered = frozenset()
         try:
             count = self._nvml.count()
         except DriverError as error:
@@ -64,12 +83,22 @@ class NodeReader:
         if view is None or due or count != self._count or not _is_complete(view):
             view = self._scan(count)
             self._count, self._view = count, view
+        self.xids.poll()
         return view
+
+    def survey(self) -> Survey:
+        """Where devices are, as far as it is known now."""
+        return Survey(
+            places=dict(self._places),
+            device_count=None if self._count < 0 else self._count,
+            stuck_index=self._asking_index,
+        )
 
     def close(self) -> None:
         """Let go of the driver, as far as it lets us."""
         if self._open:
             self._open = False
+            self.xids.close()
             try:
                 self._nvml.shutdown()
             except DriverError:
@@ -78,13 +107,27 @@ class NodeReader:
     def _scan(self, count: int) -> NodeView:
         present: list[Device] = []
         unidentified: list[tuple[int, str]] = []
+        places: dict[str, int] = {}
+        self._count = count
         for index in range(count):
+            if not self._selection.touches(index, count):
+                if self._selection.lacks(index, count):
+                    unidentified.append((index, "timeout"))
+                continue
+            self._asking_index = index
             try:
                 handle = self._nvml.handle_by_index(index)
                 uuid = self._nvml.uuid(handle)
-                present.append(Device(uuid=uuid, name=self._name(handle)))
+                places[uuid] = index
+                if self._selection.wants(uuid):
+                    present.append(Device(uuid=uuid, name=self._name(handle)))
+                    if uuid not in self._registered:
+                        self.xids.register(uuid, handle)
             except DriverError as error:
                 unidentified.append((index, error.meaning.reason))
+            self._asking_index = None
+        self._places = places
+        self._registered = frozenset(device.uuid for device in present)
         return NodeView(
             generation=self._generation,
             driver=self._driver,

@@ -18,6 +18,7 @@ Scope = Literal["field", "device", "node"]
 NOT_SUPPORTED: Final = 3
 INVALID_ARGUMENT: Final = 2
 NOT_FOUND: Final = 6
+TIMED_OUT: Final = 10
 LIBRARY_NOT_FOUND: Final = 12
 FUNCTION_NOT_FOUND: Final = 13
 
@@ -61,7 +62,7 @@ ERRORS: Final[dict[int, Meaning]] = {
     7: _field("insufficient_size", "nothing to do: the list grew while it was read"),
     8: _device("insufficient_power", "connect the GPU's power cables"),
     9: _node("driver_not_loaded", "load the NVIDIA driver (modprobe nvidia)"),
-    10: _field("driver_timeout", "nothing to do: the driver was too slow this time"),
+    TIMED_OUT: _field("driver_timeout", "nothing to do: the driver was too slow this time"),
     11: _device("interrupt_issue", "reboot the node; the kernel could not set up the interrupt"),
     LIBRARY_NOT_FOUND: _node(
         "nvml_not_found", "install the NVIDIA driver so that libnvidia-ml.so.1 can be loaded"
@@ -75,7 +76,8 @@ ERRORS: Final[dict[int, Meaning]] = {
     17: _node("blocked_by_system", "let the agent reach /dev/nvidia* (cgroup or container limits)"),
     18: _node(
         "driver_version_mismatch",
-        "restart the agent, or reboot: the driver was replaced while its library was in use",
+        "nothing to do after an upgrade: the agent loads the new library by itself; if it stays, "
+        "library and kernel module differ: reload the module or reboot",
     ),
     19: _field("in_use", "nothing to do: another program held the quantity this time"),
     20: _field("out_of_memory", "free memory on the node"),
@@ -99,6 +101,10 @@ OWN_REASONS: Final[dict[str, str]] = {
     "timeout": "see dmesg for NVRM messages; the agent resumes when the driver answers",
     "device_missing": "check that the GPU is seated and visible (lspci), or declare it removed",
     "unexpected_error": _REPORT,
+    "worker_cannot_start": "give the agent's unit room for more processes or memory",
+    "worker_died": "nothing to do: another one was started; if it stays, report the agent's log",
+    "worker_starting": "nothing to do: the process that reads the driver is being started",
+    "paused": "nothing to do: the agent was paused on request and resumes by itself",
     "closed": "nothing to do: the agent is shutting down",
     "backing_off": "nothing to do: the driver is tried again shortly",
     "no_devices": "check that the GPU is seated and visible (lspci)",
@@ -110,10 +116,30 @@ OWN_REASONS: Final[dict[str, str]] = {
     "sm_count_unknown": "update the hardware table: it has no row for this device",
     "driver_lacks_cycle_counters": "update to an R595 or newer driver",
     "gpm_not_supported": "nothing to do: this device has no GPM (Hopper and newer have it)",
+    "mig_layout_unclear": "nothing to do: the GPU was being partitioned; if it stays, "
+    "compare nvidia-smi mig -lgi with what was intended",
+    "mig_slices_unknown": "update the hardware table, or let the agent see the GPU's MIG profiles "
+    "(nvidia-smi mig -lgip); until then the GPU is metered as one device",
+    "no_compute_instance": "create a compute instance (nvidia-smi mig -cci), or switch MIG off",
+    "slices_not_configured": "nothing to do: no GPU instance uses these slices",
+    "layout_changed": "nothing to do: the GPU was partitioned anew",
     "not_a_number": "nothing to do: the driver had no value this time",
     "not_available": "nothing to do: the driver marks the quantity as not available",
     "out_of_range": _REPORT,
     "not_requested": _REPORT,
+    "no_sm_clock_or_count": "nothing to do: shares of time are used once clock and SMs are known",
+    "dcgm_not_asked_yet": "nothing to do: the first page comes within seconds",
+    "dcgm_unreachable": "start dcgm-exporter, or correct gpus.dcgm.url",
+    "dcgm_timeout": "see why dcgm-exporter is slow, or raise gpus.dcgm.timeout_seconds",
+    "dcgm_http_error": "correct gpus.dcgm.url: it must be the metrics page of dcgm-exporter",
+    "dcgm_not_an_exporter": "correct gpus.dcgm.url: it must be the metrics page of dcgm-exporter",
+    "dcgm_page_too_large": "correct gpus.dcgm.url: it must be the page of this node's dcgm-exporter",
+    "dcgm_stale": "restart dcgm-exporter: its figures of this device stand still",
+    "dcgm_device_not_on_page": "let dcgm-exporter see this GPU, or correct gpus.dcgm.url",
+    "dcgm_other_hosts_only": "set gpus.dcgm.hostname to the host name on the page",
+    "dcgm_not_exported": "enable DCGM_FI_PROF_PIPE_TENSOR_ACTIVE in the counters of dcgm-exporter",
+    "dcgm_series_disagree": "see why dcgm-exporter tells two values of one device",
+    "dcgm_contradicts_gpu_util": "restart dcgm-exporter (DCGM): its profiling fields stay zero",
 }
 """Reasons that no driver code stands for -> remedy."""
 

@@ -29,7 +29,7 @@ ENDED: Final = "replay_ended"
 
 def encode_sample(sample: NodeSample) -> bytes:
     """One tick as a line, newline included."""
-    return msgspec.json.encode(sample, enc_hook=_fraction_text) + b"\n"
+    return msgspec.json.encode(sample, enc_hook=fraction_text) + b"\n"
 
 
 def decode_sample(line: bytes, where: str = "recorded sample") -> NodeSample:
@@ -37,7 +37,7 @@ def decode_sample(line: bytes, where: str = "recorded sample") -> NodeSample:
     if len(line) > LINE_BYTES_MAX:
         raise InvalidInput(where, f"{len(line)} bytes", f"a line has at most {LINE_BYTES_MAX}")
     try:
-        return msgspec.json.decode(line, type=NodeSample, dec_hook=_fraction)
+        return msgspec.json.decode(line, type=NodeSample, dec_hook=fraction)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise InvalidInput(where, str(error), "record it again; it is not one sample") from error
 
@@ -50,6 +50,7 @@ class ReplaySource:
         self._seen: dict[str, Device] = {}
         self._last: NodeSample | None = None
         self._closed = False
+        self._paused = False
 
     @classmethod
     def from_lines(cls, lines: Iterable[bytes]) -> ReplaySource:
@@ -66,10 +67,20 @@ class ReplaySource:
         if tick is None:
             return self._after_the_end("closed" if self._closed else ENDED)
         self._last = tick
+        if self._paused:
+            return self._after_the_end("paused")
         devices = [sample.device for sample in tick.samples]
         devices += [failure.device for failure in tick.failures]
         self._seen |= {device.key: device for device in devices}
         return tick
+
+    def pause(self) -> None:
+        """Ticks go by unseen until `resume`."""
+        self._paused = True
+
+    def resume(self) -> None:
+        """Hand out the recorded ticks again, from the one whose turn it then is."""
+        self._paused = False
 
     def close(self) -> None:
         """Hand out nothing more."""
@@ -100,18 +111,28 @@ class RecordingSource:
         self._write(encode_sample(tick))
         return tick
 
+    def pause(self) -> None:
+        """Pause the other source."""
+        self._source.pause()
+
+    def resume(self) -> None:
+        """Resume the other source."""
+        self._source.resume()
+
     def close(self) -> None:
         """Close the other source."""
         self._source.close()
 
 
-def _fraction_text(value: object) -> str:
+def fraction_text(value: object) -> str:
+    """An exact ratio as text, like 1/2: msgspec's hook for encoding."""
     if isinstance(value, Fraction):
         return f"{value.numerator}/{value.denominator}"
     raise NotImplementedError(f"{type(value).__name__} has no form in a recording")
 
 
-def _fraction(kind: type, value: object) -> Any:  # noqa: ANN401  (msgspec's signature)
+def fraction(kind: type, value: object) -> Any:  # noqa: ANN401  (msgspec's signature)
+    """An exact ratio from its text: msgspec's hook for decoding. Errors: ValueError."""
     if kind is not Fraction or not isinstance(value, str):
         raise ValueError("a ratio is written as text, like 1/2")
     numerator, slash, denominator = value.partition("/")

@@ -16,15 +16,20 @@ from flopledger_core.records import Tier
 if TYPE_CHECKING:
     from flopledger_agent.gpus.interface import GpuSample, NodeSample
     from flopledger_core.accelerators import AcceleratorTable
+    from flopledger_core.records import Device
 
 BEST_TIER: Final = "gpm_cycles"
 TIER_WORDS: Final[dict[str, str]] = {
     "gpm_cycles": "active cycles per pipe, counted by the GPU",
     "gpm_util": "share of time per pipe, times SMs and clock",
+    "dcgm_pipes": "share of time per pipe as dcgm-exporter last saw it: the bounds span everything",
+    "sm_active": "share of time in which SMs were active: an upper bound only",
     "gpu_util": "share of time in which anything ran: an upper bound only",
     "none": "no activity can be read",
 }
 DRIVER_WITH_GPM_CYCLES: Final = 595
+COARSE_TIERS: Final = frozenset({"sm_active", "gpu_util", "none"})
+WITHOUT_EXPORTER: Final = "a running dcgm-exporter would tell its pipes (docs/operating/dcgm.md)"
 HIDDEN: Final = frozenset({"first_reading"})  # gone with the next sample
 
 
@@ -47,6 +52,7 @@ class GpuReport(msgspec.Struct, frozen=True, kw_only=True):
     sm_count: int | None
     absent: tuple[Absence, ...]
     failure: Absence | None
+    part: str | None = None  # of a partitioned GPU: which
 
 
 class NodeReport(msgspec.Struct, frozen=True, kw_only=True):
@@ -77,6 +83,7 @@ def describe(node: NodeSample, table: AcceleratorTable) -> NodeReport:
             sm_count=failure.device.sm_count,
             absent=(),
             failure=_absence("sample", failure.reason),
+            part=_part(failure.device),
         )
         for failure in node.failures
     ]
@@ -94,6 +101,8 @@ def lines(report: NodeReport) -> tuple[str, ...]:
         told.append(f"no GPU could be sampled: {_sentence(report.failure)}")
     for gpu in report.gpus:
         told.append(f"{gpu.name} ({gpu.uuid})")
+        if gpu.part is not None:
+            told.append(f"  {gpu.part}; energy is apportioned")
         if gpu.failure is not None:
             told.append(f"  not sampled: {_sentence(gpu.failure)}")
             continue
@@ -109,7 +118,7 @@ def lines(report: NodeReport) -> tuple[str, ...]:
 def _sampled(sample: GpuSample, driver: str | None, table: AcceleratorTable) -> GpuReport:
     why = _why_not_higher(sample, driver)
     # The reason of a lower tier is told once, not again as a quantity.
-    told = {"cycles"} if why is not None else set[str]()
+    told = {"cycles", "dcgm"} if why is not None else set[str]()
     return GpuReport(
         uuid=sample.device.key,
         name=sample.device.name,
@@ -123,7 +132,19 @@ def _sampled(sample: GpuSample, driver: str | None, table: AcceleratorTable) -> 
             if quantity not in told and reason not in HIDDEN
         ),
         failure=None,
+        part=_part(sample.device),
     )
+
+
+def _part(device: Device) -> str | None:
+    """Which part of a partitioned GPU (MIG) a device is, in words."""
+    slices = device.slices
+    if slices is None:
+        return None
+    size = f"{slices.count} of {slices.of_count} slices"
+    if device.gpu_instance is None:
+        return f"{size} that no GPU instance uses"
+    return f"GPU instance {device.gpu_instance}: {size}, {device.sm_count or 'unknown'} SMs"
 
 
 def _why_not_higher(sample: GpuSample, driver: str | None) -> str | None:
@@ -143,7 +164,13 @@ def _why_not_higher(sample: GpuSample, driver: str | None) -> str | None:
             f"driver {driver} offers GPM percentages only; "
             f"cycle counters need R{DRIVER_WITH_GPM_CYCLES} or newer"
         )
-    return _sentence(_absence("cycles", reason))
+    why = _sentence(_absence("cycles", reason))
+    if sample.tier not in COARSE_TIERS:
+        return why
+    dcgm = sample.absent.get("dcgm")
+    if dcgm is not None:
+        return f"{why}; dcgm-exporter: {_sentence(_absence('dcgm', dcgm))}"
+    return f"{why}; {WITHOUT_EXPORTER}" if reason == "gpm_not_supported" else why
 
 
 def _absence(quantity: str, reason: str) -> Absence:

@@ -9,20 +9,25 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, TypeAlias
+
+import msgspec
 
 from flopledger_agent.gpus.device import UNKNOWN_NAME, DeviceReader, DeviceUnreadable, Request
 from flopledger_agent.gpus.interface import DeviceFailure, GpuSample, NodeSample
 from flopledger_agent.gpus.node import NodeReader, NodeView
 from flopledger_agent.gpus.nvml import Nvml
 from flopledger_agent.gpus.nvml_errors import DriverError
+from flopledger_agent.gpus.selection import EVERYTHING, Selection
 from flopledger_agent.gpus.watchdog import Answer, Round, WatchedThread
 from flopledger_core.records import Device
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Mapping
 
     from flopledger_agent.clocks import Clock
+    from flopledger_agent.gpus.gpm import Scale
+    from flopledger_agent.gpus.node import Survey
     from flopledger_core.accelerators import AcceleratorTable
 
 # Every device of a tick must answer within this real time. A healthy reading takes milliseconds; a
@@ -34,20 +39,35 @@ BACKOFF_TICKS_MAX: Final = 64
 
 @dataclasses.dataclass(slots=True, kw_only=True)
 class _Slot:
-    """A device we expect, its thread and what became of its last sample."""
+    """A GPU we expect, its thread and what became of its last reading."""
 
     device: Device
-    thread: WatchedThread[GpuSample | None]
+    parts: tuple[Device, ...]  # as last read: the GPU, or the parts it is divided into
+    thread: WatchedThread[tuple[GpuSample, ...] | None]
     reader: DeviceReader
     delivered: bool = False
     missing: bool = False
     return_count: int = 0  # each return of a device voids its handle
 
+    def take_over(self, samples: tuple[GpuSample, ...]) -> list[str]:
+        """What the GPU now consists of; returns the keys of parts that ended with it."""
+        parts = tuple(sample.device for sample in samples)
+        keys = {part.key for part in parts}
+        ended = [part.key for part in self.parts if part.key not in keys]
+        self.parts = parts
+        if len(parts) == 1 and parts[0].slices is None:
+            self.device = parts[0]
+        return ended
+
+
+_Tick: TypeAlias = tuple[list[GpuSample], list[DeviceFailure], list[str], str | None]
+"""Samples, failures, retired keys, and why no device could be sampled."""
+
 
 class NvmlSource:
     """Every GPU of the node through the NVIDIA driver, one sample per tick."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 (one collaborator an argument, named at the call)
         self,
         clock: Clock,
         table: AcceleratorTable,
@@ -55,6 +75,8 @@ class NvmlSource:
         known: Iterable[Device] = (),
         deadline_seconds: float = DEADLINE_SECONDS,
         wait: Callable[[Round, float], None] = Round.wait,
+        selection: Selection = EVERYTHING,
+        scales: Mapping[str, Scale] | None = None,
     ) -> None:
         self._clock = clock
         self._table = table
@@ -62,56 +84,104 @@ class NvmlSource:
         self._wait = wait
         self._nvml = Nvml()
         self._node_thread = WatchedThread[NodeView | None]("nvml-node")
-        self._node_reader = NodeReader(self._nvml)
+        self._node_reader = NodeReader(self._nvml, selection)
+        # Found out by an earlier source on this driver.
+        self._first_scales: dict[str, Scale] = dict(scales or {})
         self._slots: dict[str, _Slot] = {}
         for device in known:
-            self._expect(device)
+            slot = self._expect(device)
+            if device not in slot.parts:
+                slot.parts = (*slot.parts, device)
         self._view: NodeView | None = None
         self._reopen = False
         self._failure: str | None = None
         self._pause_ticks = 0
         self._backoff_ticks = 1
         self._closed = False
+        self._paused = False
 
     def sample(self) -> NodeSample:
         """One reading of every device; never raises for a device's sake."""
         boot_ns, unix_ns = self._clock.boottime_ns(), self._clock.wall_unix_ns()
         samples: list[GpuSample] = []
         failures: list[DeviceFailure] = []
-        failure = "closed" if self._closed else self._look()
+        retired: list[str] = []
+        if self._closed or self._paused:
+            failure: str | None = "closed" if self._closed else "paused"
+        else:
+            failure = self._look()
         view = self._view
         if failure is not None or view is None:
-            failures = [_failed(slot.device, failure or "timeout") for slot in self._slots.values()]
+            for slot in self._slots.values():
+                failures += _failed(slot, failure or "timeout")
         else:
-            samples, failures, failure = self._read(view)
-        return NodeSample(
+            samples, failures, retired, failure = self._read(view)
+        tick = NodeSample(
             boot_ns=boot_ns,
             unix_ns=unix_ns,
             samples=tuple(samples),
             failures=tuple(failures),
             driver=None if view is None or failure is not None else view.driver,
             failure=failure,
+            retired=tuple(retired),
         )
+        return self._node_reader.xids.attach(tick)
+
+    def withdraw(self) -> None:
+        """The last sample did not reach its consumer: means do not begin at it."""
+        for slot in self._slots.values():
+            slot.delivered = False
+
+    def survey(self) -> Survey:
+        """Where the devices are in the driver's list."""
+        return self._node_reader.survey()
+
+    def scales(self) -> dict[str, Scale]:
+        """The known scales of cycle counters, by GPU or part, for a source that takes over."""
+        scales: dict[str, Scale] = dict(self._first_scales)
+        for slot in self._slots.values():
+            scales |= slot.reader.scales()
+        return scales
+
+    def pause(self) -> None:
+        """Let go of the driver until `resume`; what hangs in it is left behind."""
+        if not self._paused and not self._closed:
+            self._paused = True
+            self._let_go()
+
+    def resume(self) -> None:
+        """Open the driver again at the next sample."""
+        if self._paused:
+            self._paused = False
+            self._reopen = True
+            self._pause_ticks, self._backoff_ticks = 0, 1
 
     def close(self) -> None:
         """Let go of the driver; calls that hang are left behind and do not delay anything."""
         if self._closed:
             return
         self._closed = True
+        stuck = self._let_go()
+        for slot in self._slots.values():
+            # What is stuck gives back what it holds if the driver ever answers.
+            slot.thread.close(slot.reader.give_back if slot in stuck else None)
+        self._node_thread.close()
+
+    def _let_go(self) -> list[_Slot]:
+        """Give back what the driver allocated and shut it down; the slots that are stuck in it."""
+        self._view = None
         together = Round()
         for slot in self._slots.values():
+            slot.delivered = False
             if not slot.thread.stuck:
-                slot.thread.start(slot.reader.release, together)
+                slot.thread.start(slot.reader.give_back, together)
         self._wait(together, self._deadline_seconds)
         stuck = [slot for slot in self._slots.values() if slot.thread.stuck]
         if not stuck and not self._node_thread.stuck:
             together = Round()
             self._node_thread.start(self._node_reader.close, together)
             self._wait(together, self._deadline_seconds)
-        for slot in self._slots.values():
-            # What is stuck gives back what it holds if the driver ever answers.
-            slot.thread.close(slot.reader.give_back if slot in stuck else None)
-        self._node_thread.close()
+        return stuck
 
     # --- the driver ---------------------------------------------------------------------------
 
@@ -148,21 +218,28 @@ class NvmlSource:
     # --- the devices --------------------------------------------------------------------------
 
     def _expect(self, device: Device) -> _Slot:
-        slot = self._slots.get(device.key)
+        """The slot of a device's GPU; further parts of it are expected with it."""
+        slot = self._slots.get(device.uuid)
         if slot is None:
-            slot = self._slots[device.key] = _Slot(
-                device=device,
-                thread=WatchedThread(f"nvml-{device.key}"),
-                reader=DeviceReader(self._nvml, self._clock, self._table, device.uuid),
+            whole = msgspec.structs.replace(device, gpu_instance=None, slices=None)
+            slot = self._slots[device.uuid] = _Slot(
+                device=whole,
+                parts=(device,),
+                thread=WatchedThread(f"nvml-{device.uuid}"),
+                reader=DeviceReader(
+                    self._nvml, self._clock, self._table, device.uuid, self._first_scales
+                ),
             )
         return slot
 
-    def _read(self, view: NodeView) -> tuple[list[GpuSample], list[DeviceFailure], str | None]:
-        answers: dict[str, Answer[GpuSample | None]] = {}
+    def _read(self, view: NodeView) -> _Tick:
+        answers: dict[str, Answer[tuple[GpuSample, ...] | None]] = {}
         together = Round()
         for device in view.present:
             slot = self._expect(device)
             if slot.device.name == UNKNOWN_NAME:
+                if slot.parts == (slot.device,):
+                    slot.parts = (device,)
                 slot.device = device
             if slot.missing:
                 slot.missing, slot.return_count = False, slot.return_count + 1
@@ -173,57 +250,61 @@ class NvmlSource:
                     delivered=slot.delivered,
                 )
                 read = functools.partial(slot.reader.read, request)
-                answers[device.key] = slot.thread.start(read, together)
+                answers[device.uuid] = slot.thread.start(read, together)
         self._wait(together, self._deadline_seconds)
         samples: list[GpuSample] = []
         failures: list[DeviceFailure] = []
+        retired: list[str] = []
         lost_driver: list[str] = []
         for device in view.present:
-            slot, answer = self._slots[device.key], answers.get(device.key)
+            slot, answer = self._slots[device.uuid], answers.get(device.uuid)
             slot.delivered = False
             if answer is None or not answer.done:
-                failures.append(_failed(slot.device, "timeout"))
+                failures += _failed(slot, "timeout")
             elif answer.value is None:
-                failures.append(_failed(slot.device, _reason(answer.error)))
+                failures += _failed(slot, _reason(answer.error))
                 if isinstance(answer.error, DeviceUnreadable) and answer.error.scope == "node":
                     lost_driver.append(answer.error.reason)
             else:
                 slot.delivered = True
-                slot.device = answer.value.device
-                samples.append(answer.value)
+                retired += slot.take_over(answer.value)
+                samples += answer.value
         failures += self._missing(view)
         if lost_driver and len(lost_driver) == len(view.present):
             self._reopen = True
             self._view = None
-            return [], failures, self._back_off(lost_driver[0])
+            return [], failures, [], self._back_off(lost_driver[0])
         self._backoff_ticks = 1
-        return samples, failures, None
+        return samples, failures, retired, None
 
     def _missing(self, view: NodeView) -> list[DeviceFailure]:
         """Expected devices that are not in the count, and devices that do not say who they are."""
-        present = {device.key for device in view.present}
-        gone: list[Device] = []
-        for key, slot in self._slots.items():
-            if key not in present:
+        present = {device.uuid for device in view.present}
+        gone: list[_Slot] = []
+        for uuid, slot in self._slots.items():
+            if uuid not in present:
                 slot.missing = True
-                gone.append(slot.device)
+                gone.append(slot)
         nameless = list(view.unidentified)
         failures: list[DeviceFailure] = []
-        for device in gone:
+        for number, slot in enumerate(gone):
             # As many nameless devices as missing ones, or more: these are they.
-            if len(nameless) >= len(gone) - len(failures):
-                failures.append(_failed(device, nameless.pop(0)[1]))
+            if len(nameless) >= len(gone) - number:
+                failures += _failed(slot, nameless.pop(0)[1])
             else:
-                failures.append(_failed(device, "device_missing"))
+                failures += _failed(slot, "device_missing")
         failures += [
-            _failed(Device(uuid=f"unidentified-{index}", name="unknown"), reason)
+            DeviceFailure(
+                device=Device(uuid=f"unidentified-{index}", name="unknown"), reason=reason
+            )
             for index, reason in nameless
         ]
         return failures
 
 
-def _failed(device: Device, reason: str) -> DeviceFailure:
-    return DeviceFailure(device=device, reason=reason)
+def _failed(slot: _Slot, reason: str) -> list[DeviceFailure]:
+    """A failure of every part of a GPU: they are read together or not at all."""
+    return [DeviceFailure(device=part, reason=reason) for part in slot.parts]
 
 
 def _reason(error: BaseException | None) -> str:

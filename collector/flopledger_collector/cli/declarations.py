@@ -42,7 +42,7 @@ def declare() -> None:
 @click.option(
     "--integer-operations", type=OPERATIONS, help="Integer operations; 0 where there were none."
 )
-@click.option("--energy-kwh", type=KILOWATT_HOURS, help="Energy at the chip.")
+@click.option("--energy-kwh", type=KILOWATT_HOURS, help="Energy at the GPU.")
 @click.option("--gpu-hours", type=GPU_HOURS, help="GPU time.")
 @click.option("--cost", type=MONEY, help="Cost, with --currency.")
 @click.option("--currency", type=CURRENCY, help="Currency of the cost.")

@@ -8,12 +8,14 @@ from flopledger_collector.cli.output import format_option, print_json, print_lin
 from flopledger_collector.estimates import (
     PASSES,
     Estimate,
+    PeakBasis,
     estimate_architecture,
     estimate_document,
     estimate_hardware,
 )
 from flopledger_collector.reports import figures
 from flopledger_core.accelerators import load_table
+from flopledger_core.units import scientific
 
 
 @click.group()
@@ -76,7 +78,25 @@ def _print(found: Estimate, form: str) -> None:
         (f"{found.basis} FLOP", figures.flop(found.flop)),
         ("Method", found.method),
         *((name.replace("_", " "), value) for name, value in found.inputs.items()),
+        *([] if found.peak_basis is None else _peak_rows(found.peak_basis)),
     ]
     print_table(("Estimate", "Value"), rows)
     for assumption in found.assumptions:
         print_line(f"- {assumption}")
+
+
+def _peak_rows(peak: PeakBasis) -> list[tuple[str, str]]:
+    """The peak that the utilisation is a share of, how it was made, and its source."""
+    made = "stated"
+    if peak.flop_per_cycle_per_sm is not None:
+        made = (
+            f"{peak.sparsity}: {peak.sm_count} SMs x {peak.flop_per_cycle_per_sm} FLOP a cycle "
+            f"x {peak.clock_mhz} MHz ({peak.pipe})"
+        )
+    return [
+        ("peak, FLOP/s", scientific(int(peak.flop_per_second))),
+        ("peak basis", made),
+        ("datasheet, TFLOP/s", peak.datasheet_teraflop_per_second or figures.ABSENT),
+        ("source", peak.source),
+        ("hardware table", peak.table_version),
+    ]

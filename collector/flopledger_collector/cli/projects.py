@@ -17,8 +17,10 @@ from flopledger_collector.cli.ledgers import (
 )
 from flopledger_collector.cli.output import format_option, print_json, print_line, print_table
 from flopledger_collector.reports import figures, json_form
+from flopledger_collector.reports.measured import energy_cell
 from flopledger_collector.silence import opened_job, said
-from flopledger_collector.status import energy_of, gpu_time_of, require_project
+from flopledger_collector.status import require_project
+from flopledger_collector.usage import energies_of, gpu_time_of
 from flopledger_core.identity import require_id
 from flopledger_core.records import ProjectOpened
 from flopledger_core.units import NS_PER_MS
@@ -141,7 +143,7 @@ def job() -> None:
 @format_option("table", "json")
 @reads_ledger
 def list_jobs(project_id: str, form: str, source: Source) -> None:
-    """List the jobs of PROJECT: FLOP with bounds, energy, GPU-hours.
+    """List the jobs of PROJECT: FLOP with bounds, energy, GPU-hours, CPU-seconds.
 
     Example: flopledger job list atlas
     """
@@ -151,7 +153,7 @@ def list_jobs(project_id: str, form: str, source: Source) -> None:
     if form == "json":
         print_json({"jobs": [json_form.line_document(line) for line in lines]})
         return
-    titles = ("Job", "Run", "Activity", "Tier", "GPU-hours", "kWh", "FLOP")
+    titles = ("Job", "Run", "Activity", "Tier", "GPU-hours", "kWh (boundary)", "FLOP", "CPU-s")
     print_table(
         titles,
         (
@@ -161,8 +163,9 @@ def list_jobs(project_id: str, form: str, source: Source) -> None:
                 line.activity + (" (disputed)" if line.standing == "disputed" else ""),
                 line.tier,
                 figures.hours(said(line, "gpu_time_ms", gpu_time_of(line))),
-                figures.energy(said(line, "energy_mj", energy_of(line))),
+                energy_cell(energies_of(line)),
                 figures.flop(said(line, "flop", line.work.flop)),
+                figures.seconds(said(line, "cpu_time_ms", line.cpu_time_ms)),
             )
             for line in lines
         ),

@@ -18,6 +18,7 @@ from flopledger_collector.cli.output import (
 )
 from flopledger_collector.cli.program import finding
 from flopledger_collector.reports import figures, json_form
+from flopledger_collector.reports.statement import ENERGY_BOUNDARY
 from flopledger_collector.status import evaluate_ledger, evaluate_project
 from flopledger_core.units import gpu_hours, scientific
 
@@ -77,10 +78,11 @@ def _print_ledger(found: LedgerStatus) -> None:
             gpu_hours(usage.gap_time_ms),
             figures.energy(usage.known("energy_mj", usage.energy_mj)),
             figures.flop(usage.known("flop", usage.work.flop)),
+            figures.seconds(usage.known_cpu_time),
         )
         for name, usage in (("idle", found.idle), ("unattributed", found.unattributed))
     ]
-    titles = ("Account", "GPU-hours", "gaps", "kWh (chip)", "FLOP")
+    titles = ("Account", "GPU-hours", "gaps", "kWh (gpu)", "FLOP", "CPU-s")
     print_table(titles, rows, right=titles[1:])
     _print_position(found.position, simulated=found.simulated)
 
@@ -122,7 +124,18 @@ def _print_project(one: ProjectStatus) -> None:
     energy = figures.energy(usage.known("energy_mj", one.energy_mj))
     hours = figures.hours(usage.known("gpu_time_ms", one.gpu_time_ms))
     print_line(f"  executed FLOP {flop}")
-    print_line(f"  kWh at the chip {energy}; GPU-hours {hours}")
+    tensor = figures.flop(usage.known("flop", usage.work.flop_tensor))
+    cores = figures.flop(usage.known("flop", usage.work.flop_cores))
+    print_line(f"  its own by tensor pipes {tensor}")
+    print_line(f"  its own by CUDA cores {cores}")
+    print_line(f"  kWh at the GPU {energy}; GPU-hours {hours}")
+    for boundary, joules in one.energy_by_boundary.items():
+        if boundary != ENERGY_BOUNDARY:
+            print_line(f"  kWh ({boundary}, never added) {figures.energy(joules)}")
+    if one.known_cpu_time is not None:
+        print_line(f"  CPU-seconds {figures.seconds(one.known_cpu_time)}")
+    if usage.stand_in_records:
+        print_line(f"  {usage.stand_in_records} records of devices that the table lacks")
     if usage.model_flop.high:
         print_line(f"  {figures.flop(usage.model_flop)} model FLOP declared, kept apart")
     if usage.disputed_records:

@@ -15,12 +15,13 @@ import msgspec
 
 from flopledger_collector.journal import AuditEntry, disputed_indexes, excluded_indexes
 from flopledger_collector.ledger.position import Head
+from flopledger_core.basis import basis
 from flopledger_core.errors import FlopLedgerError
-from flopledger_core.flop import basis
 from flopledger_core.records import (
     BudgetSet,
     Declaration,
     GapRecord,
+    HostRecord,
     ImportedHours,
     ProjectOpened,
     Record,
@@ -33,6 +34,12 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
 UNKNOWN_ACCELERATOR: Final = "unknown accelerator"  # the device name of hours that state none
+HOST_TIER: Final = "host"  # of groups that hold a node's own usage, without its GPUs
+MODULE_SCOPE: Final = "module"  # of energy counters that read CPU, GPU and memory together
+CPU_TIME_POSSIBLE: Final = "host_cpu_possible_time_ms"  # of all CPUs, where none was read
+FLAGGED: Final = "flagged_records_"  # begins the quantity that counts the records with a flag
+
+AmountRecord = UsageRecord | GapRecord | HostRecord | ImportedHours | Declaration
 
 
 class GroupKey(NamedTuple):
@@ -47,9 +54,13 @@ class GroupKey(NamedTuple):
     activity: str
     device_name: str
     pci_device_id: str
+    compute_capability: str
     tier: str
+    energy_scope: str  # 'module' where the counter reads more than the GPU, else ''
     precision: str
     precision_origin: str
+    first_model_version: str  # of the agent's first estimate; '' where a record carries none
+    first_table_version: str
     standing: str
     simulated: int
 
@@ -125,6 +136,7 @@ class UnfoldedEntry(msgspec.Struct, frozen=True, kw_only=True):
 class TakenEntry(msgspec.Struct, frozen=True, kw_only=True):
     """A journal entry as the fold read it; empty where it could not."""
 
+    node: str = ""
     boot_id: str = ""
     records: tuple[Record, ...] = ()
     findings: tuple[Finding, ...] = ()
@@ -133,6 +145,7 @@ class TakenEntry(msgspec.Struct, frozen=True, kw_only=True):
 class FoldedHeader(msgspec.Struct, frozen=True, kw_only=True):
     """What folding needs of a header; the rest is skipped."""
 
+    node: str
     boot_id: str
     simulated: bool
     window_end_unix_ms: int
@@ -175,7 +188,7 @@ class Delta:
         )
         try:
             header, taken = _read(entry)
-            sums = [basis(record) for record in taken.records]
+            sums = [folded_sums(record) for record in taken.records]
         except (msgspec.MsgspecError, FlopLedgerError, ArithmeticError, ValueError) as error:
             self._note(entry, "unfoldable", f"counted with no amounts: {error}")
             return TakenEntry()
@@ -187,7 +200,7 @@ class Delta:
         for index, record in enumerate(taken.records):
             if index in excluded:
                 continue
-            if isinstance(record, (UsageRecord, GapRecord, ImportedHours, Declaration)):
+            if isinstance(record, AmountRecord):
                 self._add_amounts(record, sums[index], index in disputed, header.simulated)
             if index not in disputed:
                 rank = _rank(header.window_end_unix_ms, entry, index)
@@ -220,7 +233,7 @@ class Delta:
 
     def _add_amounts(
         self,
-        record: UsageRecord | GapRecord | ImportedHours | Declaration,
+        record: AmountRecord,
         sums: dict[str, int],
         disputed: bool,  # noqa: FBT001
         simulated: bool,  # noqa: FBT001
@@ -252,30 +265,78 @@ class Delta:
         self._named[project] = seen if known is None else known.merged(seen)
 
 
-def group_key(
-    record: UsageRecord | GapRecord | ImportedHours | Declaration, standing: str, simulated: int
-) -> GroupKey:
+def folded_sums(record: Record) -> dict[str, int]:
+    """What a record adds to its group: its basis, and each of its flags as a count of one.
+
+    The counts say how many records carry a caution, so that a statement can repeat it. CPU time
+    that nobody read is limited by the CPUs there were, which the basis does not multiply out.
+    """
+    sums = basis(record)
+    if isinstance(record, (UsageRecord, GapRecord, HostRecord)):
+        sums |= {f"{FLAGGED}{flag}": 1 for flag in record.flags}
+    if isinstance(record, HostRecord) and record.cpu_time_ms is None:
+        sums[CPU_TIME_POSSIBLE] = record.cpu_count * record.window_ms
+    return sums
+
+
+def group_key(record: AmountRecord, standing: str, simulated: int) -> GroupKey:
     """The rollup group a record belongs to."""
-    day = record.start_unix_ms // MS_PER_DAY
     if isinstance(record, Declaration):
-        return GroupKey(
-            day, record.project, "attributed", record.model or "", record.run or "", "",
-            record.activity, "", "", "declared", "", "unknown", standing, simulated,
-        )  # fmt: skip
-    if isinstance(record, ImportedHours):
-        name, pci, tier = record.accelerator or UNKNOWN_ACCELERATOR, "", "gpu_hours"
-        origin = "unknown" if record.precision is None else "declared"
+        account, kind, job = record.project, "attributed", None
+        model, run, activity = record.model, record.run, record.activity
     else:
-        name, pci = record.device.name, record.device.pci_device_id or ""
-        if isinstance(record, UsageRecord):
-            tier, origin = record.tier, record.precision_origin
-        else:
-            tier, origin = "none", "unknown" if record.precision is None else "declared"
-    owner = record.owner
+        owner = record.owner
+        account, kind, job = owner.account, owner.kind, owner.job
+        model, run, activity = owner.model, owner.run, owner.activity
     return GroupKey(
-        day, owner.account, owner.kind, owner.model or "", owner.run or "", owner.job or "",
-        owner.activity, name, pci, tier, record.precision or "", origin, standing, simulated,
+        day=record.start_unix_ms // MS_PER_DAY,
+        account=account,
+        kind=kind,
+        model=model or "",
+        run=run or "",
+        job=job or "",
+        activity=activity,
+        standing=standing,
+        simulated=simulated,
+        **_device_columns(record),
+    )
+
+
+def _device_columns(record: AmountRecord) -> dict[str, str]:
+    """The columns that say what was metered and how."""
+    columns: dict[str, str] = dict.fromkeys(
+        (
+            "device_name", "pci_device_id", "compute_capability", "energy_scope", "precision",
+            "first_model_version", "first_table_version",
+        ),
+        "",
     )  # fmt: skip
+    columns["precision_origin"] = "unknown"
+    if isinstance(record, HostRecord):
+        return columns | {"tier": HOST_TIER}
+    if isinstance(record, Declaration):
+        return columns | {"tier": "declared"}
+    if record.precision is not None:
+        columns |= {"precision": record.precision, "precision_origin": "declared"}
+    if isinstance(record, ImportedHours):
+        name = record.accelerator or UNKNOWN_ACCELERATOR
+        return columns | {"tier": "gpu_hours", "device_name": name}
+    device = record.device
+    columns |= {
+        "device_name": device.name,
+        "pci_device_id": device.pci_device_id or "",
+        "compute_capability": device.compute_capability or "",
+    }
+    if isinstance(record, GapRecord):
+        return columns | {"tier": "none"}
+    estimate = record.estimate
+    return columns | {
+        "tier": record.tier,
+        "energy_scope": MODULE_SCOPE if record.energy_scope == MODULE_SCOPE else "",
+        "precision_origin": record.precision_origin,
+        "first_model_version": "" if estimate is None else estimate.model_version,
+        "first_table_version": "" if estimate is None else estimate.table_version,
+    }
 
 
 def delta_of(entries: Iterable[UnfoldedEntry]) -> Delta:
@@ -290,6 +351,7 @@ def _read(entry: UnfoldedEntry) -> tuple[FoldedHeader, TakenEntry]:
     lines = entry.content.split(b"\n")
     header = _header_decoder.decode(lines[0])
     taken = TakenEntry(
+        node=header.node,
         boot_id=header.boot_id,
         records=tuple(_leaf_decoder.decode(line).record for line in lines[2:-1]),
         findings=() if entry.findings == "[]" else _findings_decoder.decode(entry.findings),

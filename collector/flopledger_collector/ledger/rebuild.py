@@ -68,7 +68,8 @@ def _imports(entry: UnfoldedEntry, taken: TakenEntry) -> list[tuple[str, str, in
 def _widen(
     leases: dict[tuple[str, str], DeviceLease], entry: UnfoldedEntry, taken: TakenEntry
 ) -> None:
-    for span in unquestioned(spans(taken.records), taken.findings):
+    claimed = spans(taken.records, node=taken.node, boot_id=taken.boot_id)
+    for span in unquestioned(claimed, taken.findings):
         place = (span.device_key, entry.stream_id)
         lease = leases.get(place) or DeviceLease(
             device_key=span.device_key,

@@ -8,18 +8,19 @@ This module never writes.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 import msgspec
 
+from flopledger_collector.ledger import first_estimates, hosts
+from flopledger_collector.ledger.delta import HOST_TIER, MODULE_SCOPE
 from flopledger_collector.ledger.position import Head, Position, covered_entries, heads_root
-from flopledger_core.accelerators import Accelerator, AcceleratorTable
 from flopledger_core.bounds import Bounds
 from flopledger_core.energy import energy_bounds
 from flopledger_core.errors import InvalidInput, UnknownName
 from flopledger_core.flop import FLOP_MODEL_VERSION, Work, work
 from flopledger_core.identity import OwnerKind
-from flopledger_core.records import BudgetSet, Declaration
+from flopledger_core.records import BudgetSet, Declaration, PeakBasis
 from flopledger_core.units import MS_PER_DAY, NS_PER_MS
 
 if TYPE_CHECKING:
@@ -27,8 +28,12 @@ if TYPE_CHECKING:
     from flopledger_collector.journal import LedgerIdentity
     from flopledger_collector.store.interface import Database
     from flopledger_collector.store.readings import Reading, RollupSum
+    from flopledger_core.accelerators import AcceleratorTable, Resolved
 
 Standing = Literal["clear", "disputed"]
+EnergyBoundary = Literal["gpu", "module"]
+GPU_BOUNDARY: Final = "gpu"
+MODULE_BOUNDARY: Final = "module"  # CPU, GPU and memory of a superchip, by one counter
 
 
 class Line(msgspec.Struct, frozen=True, kw_only=True):
@@ -46,18 +51,33 @@ class Line(msgspec.Struct, frozen=True, kw_only=True):
     activity: str
     device_name: str  # "" where no device is spoken of (declarations)
     pci_device_id: str | None
+    compute_capability: str | None
     accelerator: str | None  # the hardware table's key; None: the table lacks this device
+    stand_in: bool  # the table lacks this model; its architecture stands in, with wide bounds
     tier: str
+    peak_basis: PeakBasis | None  # what turned cycles into FLOP; None where nothing did
     precision: str | None
+    assumed_precision: str | None  # of central tensor FLOP; None where no device is known
     precision_origin: str
     standing: Standing
     simulated: bool
     records: int  # how many records were summed
     sums: dict[str, int]  # quantities of core.flop.basis, unbounded
     work: Work
-    energy_mj: Bounds
+    energy_mj: Bounds  # by the device's own meter, or as declared
+    energy_boundary: EnergyBoundary | None  # of that meter; None where a node is spoken of
+    cpu_time_ms: Bounds | None  # of a node; None where GPUs or declarations are spoken of
+    host_energy_mj: dict[str, Bounds]  # of a node, by boundary; never added to each other
+    first_model_version: str | None  # of the agents' first estimates; None: records without one
+    first_table_version: str | None
+    first_flop: Bounds | None  # the sum of those estimates as sealed; no dispute alters it
     first_unix_ms: int
     last_unix_ms: int
+
+    @property
+    def is_host(self) -> bool:
+        """Whether this is usage of a node itself, without its GPUs."""
+        return self.tier == HOST_TIER
 
 
 class JobLine(Line, frozen=True, kw_only=True):
@@ -229,16 +249,17 @@ class Ledger:
         )
 
     def _fields(self, group: RollupSum) -> dict[str, Any]:
-        accelerator = self._accelerator(group)
+        device = self._device(group)
+        disputed = group.standing == "disputed"
         amount = work(
             group.sums,
             table=self._table,
-            accelerator=accelerator,
+            accelerator=device,
             device_name=group.device_name,
             precision=group.precision or None,
         )
-        energy = energy_bounds(group.sums, accelerator)
-        if group.standing == "disputed":
+        energy = energy_bounds(group.sums, device)
+        if disputed:
             amount = amount.disputed()
             energy = Bounds(low=0, central=0, high=energy.high)
         return {
@@ -250,9 +271,13 @@ class Ledger:
             "activity": group.activity,
             "device_name": group.device_name,
             "pci_device_id": group.pci_device_id or None,
-            "accelerator": accelerator.key if accelerator is not None else None,
+            "compute_capability": group.compute_capability or None,
+            "accelerator": None if device is None else device.accelerator.key,
+            "stand_in": device is not None and not device.in_table,
             "tier": group.tier,
+            "peak_basis": _peak_basis(group),
             "precision": group.precision or None,
+            "assumed_precision": _assumed_precision(group, device),
             "precision_origin": group.precision_origin,
             "standing": group.standing,
             "simulated": group.simulated,
@@ -260,18 +285,69 @@ class Ledger:
             "sums": group.sums,
             "work": amount,
             "energy_mj": energy,
+            "energy_boundary": _energy_boundary(group),
+            "cpu_time_ms": (
+                hosts.cpu_time_of(group.sums, disputed=disputed)
+                if group.tier == HOST_TIER
+                else None
+            ),
+            "host_energy_mj": hosts.energies_of(group.sums, disputed=disputed),
+            "first_model_version": group.first_model_version or None,
+            "first_table_version": group.first_table_version or None,
+            "first_flop": _first_flop(group),
             "first_unix_ms": group.first_unix_ms,
             "last_unix_ms": group.last_unix_ms,
         }
 
-    def _accelerator(self, group: RollupSum) -> Accelerator | None:
-        """The table's row; imported hours name a key of the table, meters name a product."""
+    def _device(self, group: RollupSum) -> Resolved | None:
+        """The table's row, or the stand-in of an architecture for a model that the table lacks.
+
+        Imported hours name a key of the table, meters name a product.
+        """
+        if not group.device_name:
+            return None
         if group.tier == "gpu_hours":
             try:
-                return self._table.by_key(group.device_name)
+                return self._table.of_row(self._table.by_key(group.device_name))
             except UnknownName:
                 return None
-        return self._table.find(group.device_name, group.pci_device_id or None)
+        return self._table.resolve(
+            group.device_name, group.pci_device_id or None, group.compute_capability or None
+        )
+
+
+def _peak_basis(group: RollupSum) -> PeakBasis | None:
+    """How the number of cycles was come by, of all records of a group alike."""
+    if group.tier in {HOST_TIER, "declared"}:
+        return None
+    if group.tier == "gpu_hours":
+        return "dense_at_datasheet_clock"
+    if not group.sums.get("elapsed"):
+        return "dense_at_maximum_clock"  # only what the device could have done
+    counting = group.tier == "gpm_cycles" or (
+        # A scraped exporter gives cycles where it can, else shares of time.
+        group.tier == "dcgm_pipes" and "float_tensor_busy_us" not in group.sums
+    )
+    return "dense_at_counted_cycles" if counting else "dense_at_sampled_clock"
+
+
+def _assumed_precision(group: RollupSum, device: Resolved | None) -> str | None:
+    if device is None:
+        return None
+    offered = device.tensor_span(group.precision or None) is not None
+    return group.precision if offered else device.default_precision
+
+
+def _first_flop(group: RollupSum) -> Bounds | None:
+    if not group.first_model_version:
+        return None
+    return first_estimates.flop_of(group.sums, group.first_model_version, group.first_table_version)
+
+
+def _energy_boundary(group: RollupSum) -> EnergyBoundary | None:
+    if group.tier == HOST_TIER:
+        return None
+    return MODULE_BOUNDARY if group.energy_scope == MODULE_SCOPE else GPU_BOUNDARY
 
 
 def _days(start_unix_ms: int | None, end_unix_ms: int | None) -> tuple[int | None, int | None]:

@@ -97,6 +97,23 @@ def hours(bounds: Bounds | None) -> str:
     return ABSENT if bounds is None else span(bounds, gpu_hours)
 
 
+def seconds(bounds: Bounds | None) -> str:
+    """Bounds in ms of CPU time as CPU-seconds, without the unit; a dash where nothing does."""
+    return ABSENT if bounds is None else span(bounds, cpu_seconds)
+
+
+def cpu_seconds(time_ms: int) -> str:
+    """Milliseconds as seconds with three decimal places: exact."""
+    return decimal_text(time_ms, MS_PER_SECOND, 3)
+
+
+def signed(value: int | None) -> str:
+    """A difference in FLOP with its sign; open where one end is."""
+    if value is None:
+        return OPEN
+    return f"+{scientific(value)}" if value > 0 else scientific(value)
+
+
 def quantity_span(quantity: str, bounds: Bounds) -> str:
     """Bounds of any quantity, without the unit."""
     return span(bounds, lambda value: amount(quantity, value))

@@ -6,6 +6,7 @@ milliseconds as numbers beside nothing else. An open high end is null. Keys are 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from fractions import Fraction
 from typing import Any, Final
 
@@ -23,11 +24,14 @@ from flopledger_collector.reports.statement import (
     LineItem,
     Statement,
 )
-from flopledger_collector.status import (
-    LedgerStatus,
-    PolicyTotals,
-    ProjectStatus,
+from flopledger_collector.restatement import Restatement
+from flopledger_collector.silence import said
+from flopledger_collector.status import LedgerStatus, PolicyTotals, ProjectStatus
+from flopledger_collector.usage import (
+    CPU_FLOP_ABSENT,
+    UNKNOWN_DEVICE,
     Usage,
+    energies_of,
     energy_of,
     gpu_time_of,
 )
@@ -69,12 +73,24 @@ def project_document(info: ProjectInfo) -> Document:
 
 
 def work_document(work: Work) -> Document:
-    """The three quantities of work, apart."""
+    """The three quantities of work, apart; tensor and CUDA-core FLOP are parts of FLOP."""
     return {
         "flop": bounds_document(work.flop),
         "tensor_integer_operations": bounds_document(work.tensor_integer_operations),
         "integer_operations": bounds_document(work.integer_operations),
+        "tensor_flop": bounds_document(work.flop_tensor),
+        "cuda_core_flop": bounds_document(work.flop_cores),
     }
+
+
+def energies_document(energies: Mapping[str, Bounds]) -> Document:
+    """Energy in mJ by boundary; boundaries contain each other and are never added."""
+    return {boundary: bounds_document(energy) for boundary, energy in energies.items()}
+
+
+def optional_bounds(bounds: Bounds | None) -> Document | None:
+    """Bounds, or null where nothing speaks of the quantity."""
+    return None if bounds is None else bounds_document(bounds)
 
 
 def usage_document(usage: Usage) -> Document:
@@ -84,9 +100,13 @@ def usage_document(usage: Usage) -> Document:
         "model_flop": bounds_document(usage.model_flop),
         "energy_mj": bounds_document(usage.energy_mj),
         "gpu_time_ms": bounds_document(usage.gpu_time_ms),
+        "energy_by_boundary_mj": energies_document(usage.energy_by_boundary),
+        "cpu_time_ms": optional_bounds(usage.known_cpu_time),
         "gap_time_ms": str(usage.gap_time_ms),
         "cost_cents": {name: bounds_document(cost) for name, cost in usage.cost_cents.items()},
         "records": usage.records,
+        "host_records": usage.host_records,
+        "stand_in_records": usage.stand_in_records,
         "disputed_records": usage.disputed_records,
         "silent_records": usage.silent_records,
     }
@@ -104,7 +124,9 @@ def status_document(status: ProjectStatus) -> Document:
         "flop": bounds_document(status.flop),
         "energy_mj": bounds_document(status.energy_mj),
         "energy_boundary": ENERGY_BOUNDARY,
+        "energy_by_boundary_mj": energies_document(status.energy_by_boundary),
         "gpu_time_ms": bounds_document(status.gpu_time_ms),
+        "cpu_time_ms": optional_bounds(status.known_cpu_time),
         "own": usage_document(status.usage),
         "unattributed_share": usage_document(status.shared),
         "policies": [policy_document(found) for found in status.policies],
@@ -208,9 +230,13 @@ def line_document(line: Line) -> Document:
         "run": line.run,
         "device_name": line.device_name or None,
         "pci_device_id": line.pci_device_id,
+        "compute_capability": line.compute_capability,
         "accelerator": line.accelerator,
+        "stand_in": line.stand_in,
         "tier": line.tier,
+        "peak_basis": line.peak_basis,
         "precision": line.precision,
+        "assumed_precision": line.assumed_precision,
         "precision_origin": line.precision_origin,
         "standing": line.standing,
         "simulated": line.simulated,
@@ -219,13 +245,28 @@ def line_document(line: Line) -> Document:
         "last_unix_ms": line.last_unix_ms,
         "gpu_time_ms": bounds_document(gpu_time_of(line)),
         "energy_mj": bounds_document(energy_of(line)),
+        "energy_by_boundary_mj": energies_document(energies_of(line)),
+        "cpu_time_ms": optional_bounds(said(line, "cpu_time_ms", line.cpu_time_ms)),
         **work_document(line.work),
+        "first_estimate": _first_estimate(line),
         "reasons": list(line.work.reasons),
         "sums": {name: str(amount) for name, amount in line.sums.items()},
     }
+    absent = absent_quantities(line)
+    document |= {"absent": absent} | {name: None for name in absent if line.is_host}
     if isinstance(line, JobLine):
         return {"job": line.job, **document}
     return document
+
+
+def absent_quantities(line: Line) -> dict[str, str]:
+    """What a line cannot say, with the reason word; of a node these figures are null."""
+    if line.is_host:
+        operations = dict.fromkeys(work_document(line.work), CPU_FLOP_ABSENT)
+        return operations | dict.fromkeys(("energy_mj", "gpu_time_ms"), "no_gpu")
+    if line.device_name and line.accelerator is None:
+        return dict.fromkeys(work_document(line.work), UNKNOWN_DEVICE)
+    return {}
 
 
 def statement_document(statement: Statement) -> Document:
@@ -253,6 +294,9 @@ def statement_document(statement: Statement) -> Document:
         "instruments": [assessment_document(found) for found in statement.assessments],
         "budgets": [budget_document(found) for found in statement.budgets],
         "items": [_item_document(item) for item in statement.items],
+        "host_items": [_host_document(item) for item in statement.host_items],
+        "restatement": _restatement_document(statement.restatement),
+        "cautions": dict(statement.cautions),
         "declarations": [_declaration_document(found) for found in statement.declarations],
         "overlapping": list(statement.overlapping),
         "gap_items": [item.number for item in statement.gaps],
@@ -265,6 +309,62 @@ def statement_document(statement: Statement) -> Document:
 
 def _item_document(item: LineItem) -> Document:
     return {"number": item.number, "method": item.method, **line_document(item.line)}
+
+
+def _host_document(item: LineItem) -> Document:
+    """Usage of nodes: no FLOP, because no counter reads it, and no zero in its place."""
+    line = item.line
+    return {
+        "number": item.number,
+        "method": item.method,
+        "activity": line.activity,
+        "model": line.model,
+        "run": line.run,
+        "standing": line.standing,
+        "simulated": line.simulated,
+        "records": line.records,
+        "first_unix_ms": line.first_unix_ms,
+        "last_unix_ms": line.last_unix_ms,
+        "cpu_time_ms": optional_bounds(said(line, "cpu_time_ms", line.cpu_time_ms)),
+        "energy_by_boundary_mj": energies_document(item.energies_mj),
+        "flop": None,
+        "flop_absent": CPU_FLOP_ABSENT,
+        "sums": {name: str(amount) for name, amount in line.sums.items()},
+    }
+
+
+def _first_estimate(line: Line) -> Document | None:
+    if line.first_flop is None:
+        return None
+    return {
+        "model_version": line.first_model_version,
+        "table_version": line.first_table_version,
+        "flop": bounds_document(line.first_flop),
+    }
+
+
+def _restatement_document(found: Restatement) -> Document:
+    return {
+        "rows": [
+            {
+                "first_model_version": row.first_model_version,
+                "first_table_version": row.first_table_version,
+                "model_version": row.model_version,
+                "table_version": row.table_version,
+                "restated": row.is_restated,
+                "records": row.records,
+                "first_flop": bounds_document(row.first_flop),
+                "flop": bounds_document(row.flop),
+                "difference": {
+                    name: None if amount is None else str(amount)
+                    for name, amount in zip(("low", "central", "high"), row.difference, strict=True)
+                },
+            }
+            for row in found.rows
+        ],
+        "unestimated_records": found.unestimated_records,
+        "disputed_records": found.disputed_records,
+    }
 
 
 def _policy_line(line: PolicyLine) -> Document:

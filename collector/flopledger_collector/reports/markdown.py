@@ -6,32 +6,24 @@ in a table cell. Figures carry at most four digits; the JSON form has all of the
 
 from __future__ import annotations
 
-import re
 from typing import TYPE_CHECKING
 
-from flopledger_collector.reports import figures
+from flopledger_collector.reports import figures, markdown_metered
+from flopledger_collector.reports.markdown_table import bullets, table, text
+from flopledger_collector.reports.measured import lacking_of
 from flopledger_collector.reports.statement import (
     ENERGY_BOUNDARY,
     NOTES,
     Period,
     Statement,
-    precision_of,
 )
-from flopledger_collector.silence import said
-from flopledger_collector.status import integer_operations
+from flopledger_collector.usage import integer_operations
 from flopledger_core.units import decimal_text, gpu_hours, kilowatt_hours, scientific
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Iterator
 
     from flopledger_core.records import Declaration
-
-_SPECIAL = re.compile(r"([\\`*_{}\[\]<>#|~&])")
-
-
-def text(value: str | None) -> str:
-    """Text from outside as one line that Markdown leaves alone; a dash for none."""
-    return _SPECIAL.sub(r"\\\1", figures.one_line(value))
 
 
 def statement_markdown(statement: Statement) -> str:
@@ -41,29 +33,18 @@ def statement_markdown(statement: Statement) -> str:
         _summary(statement),
         _instruments(statement),
         _budgets(statement),
-        _items(statement),
+        markdown_metered.items(statement),
+        markdown_metered.hosts(statement),
+        markdown_metered.restatement(statement),
         _declarations(statement),
         _unmetered(statement),
+        markdown_metered.cautions(statement),
         _reconciliation(statement),
         _policies(statement),
         _notes(statement),
     )
     lines = [line for part in parts for line in part]
     return "\n".join(lines).rstrip("\n") + "\n"
-
-
-def _table(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> Iterator[str]:
-    yield "| " + " | ".join(titles) + " |"
-    yield "|" + "---|" * len(titles)
-    for row in rows:
-        yield "| " + " | ".join(row) + " |"
-    yield ""
-
-
-def _bullets(items: Iterable[str]) -> Iterator[str]:
-    for item in items:
-        yield f"- {item}"
-    yield ""
 
 
 def _header(statement: Statement) -> Iterator[str]:
@@ -85,7 +66,7 @@ def _header(statement: Statement) -> Iterator[str]:
             "figures yet."
         )
         yield ""
-    yield from _table(
+    yield from table(
         ("Field", "Value"),
         (
             ("Title", text(info.title)),
@@ -103,7 +84,7 @@ def _header(statement: Statement) -> Iterator[str]:
     if statement.overlapping:
         yield "Partly in the period:"
         yield ""
-        yield from _bullets(text(sentence) for sentence in statement.overlapping)
+        yield from bullets(text(sentence) for sentence in statement.overlapping)
 
 
 def period_text(period: Period) -> str:
@@ -131,7 +112,7 @@ def _summary(statement: Statement) -> Iterator[str]:
     yield ""
     yield "FLOP under each policy, as central [low, high]:"
     yield ""
-    yield from _table(
+    yield from table(
         ("Policy", "FLOP", "Integer operations", "Undecided for want of a declaration"),
         (
             (
@@ -148,6 +129,8 @@ def _summary(statement: Statement) -> Iterator[str]:
     )
     rows = [
         ("Executed FLOP, its own work", figures.flop(usage.known("flop", usage.work.flop))),
+        ("... by tensor pipes", figures.flop(usage.known("flop", usage.work.flop_tensor))),
+        ("... by CUDA cores", figures.flop(usage.known("flop", usage.work.flop_cores))),
         ("... with work of unknown owner", figures.flop(statement.flop)),
         (
             "Integer operations",
@@ -158,16 +141,28 @@ def _summary(statement: Statement) -> Iterator[str]:
             f"Energy, kWh ({ENERGY_BOUNDARY})",
             figures.energy(usage.known("energy_mj", usage.energy_mj)),
         ),
+        *(
+            (f"Energy, kWh ({boundary})", figures.energy(energy))
+            for boundary, energy in usage.energy_by_boundary.items()
+            if boundary != ENERGY_BOUNDARY
+        ),
         ("GPU-hours", figures.hours(usage.known("gpu_time_ms", usage.gpu_time_ms))),
+        ("CPU-seconds", figures.seconds(usage.known_cpu_time)),
         *(
             (f"Cost, declared, {currency}", figures.quantity_span("cost_cents", cost))
             for currency, cost in usage.cost_cents.items()
         ),
-        ("Records", f"{usage.records}, of them disputed {usage.disputed_records}"),
+        (
+            "Records",
+            (
+                f"{usage.records}, of them disputed {usage.disputed_records}, "
+                f"of nodes without their GPUs {usage.host_records}"
+            ),
+        ),
     ]
     yield "Before any policy:"
     yield ""
-    yield from _table(("Quantity", "Amount"), rows)
+    yield from table(("Quantity", "Amount"), rows)
 
 
 def _instruments(statement: Statement) -> Iterator[str]:
@@ -193,10 +188,10 @@ def _instruments(statement: Statement) -> Iterator[str]:
                 _verdict(evaluation.verdict, evaluation.would_be, evaluation.undeclared),
             )
         )
-    yield from _table(("Instrument", "Threshold", "Scope", "Value", "Share", "Verdict"), rows)
+    yield from table(("Instrument", "Threshold", "Scope", "Value", "Share", "Verdict"), rows)
     warnings = [warning for found in statement.assessments for warning in found.evaluation.warnings]
     if warnings:
-        yield from _bullets(text(warning) for warning in dict.fromkeys(warnings))
+        yield from bullets(text(warning) for warning in dict.fromkeys(warnings))
 
 
 def _verdict(verdict: str, would_be: str, undeclared: tuple[str, ...]) -> str:
@@ -215,7 +210,7 @@ def _budgets(statement: Statement) -> Iterator[str]:
         yield "No budget is set."
         yield ""
         return
-    yield from _table(
+    yield from table(
         ("Budget", "Limit", "Used", "Share", "Verdict"),
         (
             (
@@ -233,47 +228,6 @@ def _budgets(statement: Statement) -> Iterator[str]:
     )
 
 
-def _items(statement: Statement) -> Iterator[str]:
-    yield "## Line items"
-    yield ""
-    if not statement.items:
-        yield "No usage, gap or declaration is in this period."
-        yield ""
-        return
-    yield from _table(
-        (
-            "No.", "Activity", "Model", "Run", "Accelerator", "Tier", "Precision", "Standing",
-            "GPU-hours", f"kWh ({ENERGY_BOUNDARY})", "FLOP", "Integer operations", "Method",
-        ),
-        (
-            (
-                str(item.number),
-                text(item.line.activity),
-                text(item.line.model),
-                text(item.line.run),
-                text(item.line.accelerator or item.line.device_name),
-                text(item.line.tier),
-                text(precision_of(item.line)),
-                text(item.line.standing) + (", simulated" if item.line.simulated else ""),
-                figures.hours(said(item.line, "gpu_time_ms", item.gpu_time_ms)),
-                figures.energy(said(item.line, "energy_mj", item.energy_mj)),
-                figures.flop(said(item.line, "flop", item.line.work.flop)),
-                figures.flop(
-                    said(item.line, "integer_operations", integer_operations(item.line.work))
-                ),
-                text(item.method),
-            )
-            for item in statement.items
-        ),
-    )  # fmt: skip
-    yield (
-        f"Total of the items: {figures.flop(statement.usage.work.flop)} FLOP, "
-        f"{figures.energy(statement.usage.energy_mj)} kWh, "
-        f"{figures.hours(statement.usage.gpu_time_ms)} GPU-hours."
-    )
-    yield ""
-
-
 def _declarations(statement: Statement) -> Iterator[str]:
     yield "## Declarations"
     yield ""
@@ -281,7 +235,7 @@ def _declarations(statement: Statement) -> Iterator[str]:
         yield "Nobody declared anything."
         yield ""
         return
-    yield from _table(
+    yield from table(
         (
             "Activity", "Period", "FLOP", "Basis", "kWh", "GPU-hours", "Cost", "Method",
             "Evidence", "Author", "Declared at",
@@ -336,24 +290,31 @@ def _unmetered(statement: Statement) -> Iterator[str]:
         f"FLOP {figures.flop(item.line.work.flop)}."
         for item in statement.disputed
     ]
+    lines += [
+        f"Item {item.number}: {item.line.records} records of a device that the hardware table "
+        f"lacks (device_not_in_table): {text(lacking_of(item.line))}."
+        for item in statement.items
+        if lacking_of(item.line)
+    ]
     if statement.shared.records:
         lines.append(
             "Work of unknown owner that could belong to this project: "
             f"FLOP {figures.flop(statement.shared.work.flop)}, "
-            f"GPU-hours {figures.hours(statement.shared.gpu_time_ms)}."
+            f"GPU-hours {figures.hours(statement.shared.gpu_time_ms)}, "
+            f"CPU-seconds {figures.seconds(statement.shared.known_cpu_time)}."
         )
     if not lines:
         yield "None."
         yield ""
         return
-    yield from _bullets(lines)
+    yield from bullets(lines)
 
 
 def _reconciliation(statement: Statement) -> Iterator[str]:
     yield "## The ledger's own accounts in the same period"
     yield ""
-    yield from _table(
-        ("Account", "GPU-hours", "of them gaps", f"kWh ({ENERGY_BOUNDARY})", "FLOP"),
+    yield from table(
+        ("Account", "GPU-hours", "of them gaps", f"kWh ({ENERGY_BOUNDARY})", "FLOP", "CPU-seconds"),
         (
             (
                 name,
@@ -361,6 +322,7 @@ def _reconciliation(statement: Statement) -> Iterator[str]:
                 gpu_hours(usage.gap_time_ms),
                 figures.energy(usage.known("energy_mj", usage.energy_mj)),
                 figures.flop(usage.known("flop", usage.work.flop)),
+                figures.seconds(usage.known_cpu_time),
             )
             for name, usage in (
                 ("this project", statement.usage),
@@ -382,7 +344,7 @@ def _policies(statement: Statement) -> Iterator[str]:
             f"SHA-256 `{found.view.policy_digest}`"
         )
         yield ""
-        yield from _table(
+        yield from table(
             ("Activity", "Verdict", "FLOP", "Contribution", "Rule"),
             (
                 (
@@ -412,18 +374,18 @@ def _policies(statement: Statement) -> Iterator[str]:
             )
             for step in bridge.steps
         ]
-        yield from _table(("Activity", "Verdicts", "Low", "Central", "High"), rows)
+        yield from table(("Activity", "Verdicts", "Low", "Central", "High"), rows)
 
 
 def _notes(statement: Statement) -> Iterator[str]:
     yield "## Notes"
     yield ""
-    yield from _bullets(NOTES)
+    yield from bullets(NOTES)
     if statement.reasons:
         yield "Why bounds are open or wide:"
         yield ""
-        yield from _bullets(text(reason) for reason in statement.reasons)
+        yield from bullets(text(reason) for reason in statement.reasons)
     if statement.provenance:
         yield "Where the inputs come from:"
         yield ""
-        yield from _bullets(text(note) for note in statement.provenance)
+        yield from bullets(text(note) for note in statement.provenance)

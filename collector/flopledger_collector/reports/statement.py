@@ -15,32 +15,45 @@ import msgspec
 from flopledger_collector.budgets import BudgetEvaluation
 from flopledger_collector.errors import StoreBusy
 from flopledger_collector.instruments.evaluation import Assessment
+from flopledger_collector.ledger.delta import FLAGGED
 from flopledger_collector.ledger.position import Position
 from flopledger_collector.ledger.totals import Line, ProjectInfo
 from flopledger_collector.policies.evaluation import Bridge, bridge
+from flopledger_collector.restatement import Restatement, restatement_of
 from flopledger_collector.status import (
     READ_ATTEMPTS_MAX,
     Accounts,
     PolicyTotals,
     Reader,
     Rules,
-    Usage,
-    energy_of,
-    gpu_time_of,
     policy_totals,
-    possible,
     project_status,
     read_accounts,
-    reasons_of,
     require_project,
+)
+from flopledger_collector.usage import (
+    Usage,
+    energies_of,
+    energy_of,
+    gpu_time_of,
+    possible,
+    reasons_of,
     usage_of,
 )
 from flopledger_core.activities import UNATTRIBUTED
 from flopledger_core.bounds import Bounds
 from flopledger_core.flop import Work
-from flopledger_core.records import Declaration
+from flopledger_core.records import FLAGS, Declaration
 
-ENERGY_BOUNDARY: Final = "chip"  # the device's own counter: not the node, not the building
+ENERGY_BOUNDARY: Final = "gpu"  # of every energy that names no other: not node nor building
+BOUNDARIES: Final[dict[str, str]] = {
+    "gpu": "the GPU with its memory, by its own counter",
+    "module": "a superchip by one counter: CPU, GPU and memory together",
+    "cpu_package": "the node's CPU packages (RAPL)",
+    "dram": "the node's memory (RAPL)",
+    "platform": "the node's platform domain (RAPL psys)",
+    "node": "the whole node at its power supplies (Redfish or IPMI)",
+}
 
 METHODS: Final[dict[str, str]] = {
     "gpm_cycles": "measured: active SM-cycles per pipe, counted by the device",
@@ -51,6 +64,7 @@ METHODS: Final[dict[str, str]] = {
     "gpu_hours": "estimated: scheduler's GPU-hours x peak x stated utilisation",
     "declared": "declared by a person, with the evidence named",
     "none": "absent: nobody could meter it; from zero to the device's peak",
+    "host": "measured: the node's own meters; energy is cut between owners by CPU time",
 }
 
 NOTES: Final[tuple[str, ...]] = (
@@ -77,8 +91,21 @@ NOTES: Final[tuple[str, ...]] = (
         "bound of every one, shown as a line of its own."
     ),
     (
-        "Energy is at the boundary of the chip: the device's own counter, without node, cooling "
-        "or building."
+        "Energy is kept by the boundary of its meter. Boundaries contain each other, so they are "
+        "never added: the GPU's is its own counter, without node, cooling or building. Where a "
+        "counter reads a whole module, the GPU's own part is only limited by it."
+    ),
+    (
+        "FLOP of CPUs is absent: no counter reads it (cpu_flop_not_counted). It is in no figure "
+        "and in no bound; CPU-seconds stand beside."
+    ),
+    (
+        "CUDA-core FLOP is at most what the busy pipe could have done: its low end is zero. "
+        "Tensor FLOP, CUDA-core FLOP and what people declared add up to executed FLOP."
+    ),
+    (
+        "Peak rates are dense, never with structured sparsity. The peak basis says which clock "
+        "turned time into cycles where cycles were not counted."
     ),
 )
 
@@ -89,7 +116,8 @@ class LineItem(msgspec.Struct, frozen=True, kw_only=True):
     number: int
     line: Line
     gpu_time_ms: Bounds
-    energy_mj: Bounds
+    energy_mj: Bounds  # at the GPU's boundary
+    energies_mj: dict[str, Bounds]  # what the line's own meters read, by boundary
     method: str
 
 
@@ -123,7 +151,10 @@ class Statement(msgspec.Struct, frozen=True, kw_only=True):
     bridges: tuple[Bridge, ...]  # from the first policy to each other one
     assessments: tuple[Assessment, ...]  # over the project's whole life, whatever the period
     budgets: tuple[BudgetEvaluation, ...]  # the same
-    items: tuple[LineItem, ...]
+    items: tuple[LineItem, ...]  # of GPUs, and what people declared
+    host_items: tuple[LineItem, ...]  # of nodes themselves; numbered on from the items
+    restatement: Restatement  # first estimates beside today's figures
+    cautions: dict[str, int]  # records that carry a flag, by flag
     declarations: tuple[Declaration, ...]  # that overlap the period
     overlapping: tuple[str, ...]  # work that is partly in the period and counted on another day
     reasons: tuple[str, ...]
@@ -170,6 +201,7 @@ def build_statement(  # noqa: PLR0913 - everything a statement depends on is nam
     if shared.records:
         works[UNATTRIBUTED] = works.get(UNATTRIBUTED, Work()) + shared.work
     totals = policy_totals(rules, policy_ids or rules.adopted, works)
+    items = _items(accounts.totals.lines)
     return Statement(
         info=info,
         period=period,
@@ -186,7 +218,14 @@ def build_statement(  # noqa: PLR0913 - everything a statement depends on is nam
         bridges=tuple(bridge(totals[0].view, other.view) for other in totals[1:]),
         assessments=status.assessments,
         budgets=status.budgets,
-        items=_items(accounts.totals.lines),
+        items=tuple(item for item in items if not item.line.is_host),
+        host_items=tuple(item for item in items if item.line.is_host),
+        restatement=restatement_of(
+            accounts.totals.lines,
+            model_version=accounts.totals.model_version,
+            table_version=accounts.totals.table_version,
+        ),
+        cautions=_cautions(accounts.totals.lines),
         declarations=_declarations(reader, project, period),
         overlapping=_overlapping(reader.declarations(project), lifetime.totals.lines, period),
         reasons=reasons_of(accounts.totals.lines, usage, shared),
@@ -215,22 +254,35 @@ def _items(lines: Iterable[Line]) -> tuple[LineItem, ...]:
             line=line,
             gpu_time_ms=gpu_time_of(line),
             energy_mj=energy_of(line),
+            energies_mj=energies_of(line),
             method=method_of(line),
         )
         for number, line in enumerate(sorted(lines, key=_order), start=1)
     )
 
 
+def _cautions(lines: Iterable[Line]) -> dict[str, int]:
+    """How many records carry each flag, in the order flags are defined."""
+    chosen = tuple(lines)
+    counts = {flag: sum(line.sums.get(f"{FLAGGED}{flag}", 0) for line in chosen) for flag in FLAGS}
+    return {flag: count for flag, count in counts.items() if count}
+
+
 def _order(line: Line) -> tuple[str | bool, ...]:
     return (
+        line.is_host,
         line.activity,
         line.model or "",
         line.run or "",
         line.device_name,
         line.pci_device_id or "",
+        line.compute_capability or "",
         line.tier,
+        line.energy_boundary or "",
         line.precision or "",
         line.precision_origin,
+        line.first_model_version or "",
+        line.first_table_version or "",
         line.standing,
         line.simulated,
     )
@@ -244,8 +296,13 @@ def method_of(line: Line) -> str:
 
 
 def precision_of(line: Line) -> str:
-    """The precision of a line and where it comes from."""
-    return f"{line.precision or 'unknown'} ({line.precision_origin})" if line.precision else "-"
+    """The precision of a line, where it comes from, and what central figures take it for."""
+    if line.assumed_precision is None and line.precision is None:
+        return "-"
+    known = "unknown" if line.precision is None else f"{line.precision} ({line.precision_origin})"
+    if line.assumed_precision in {None, line.precision}:
+        return known
+    return f"{known}, taken as {line.assumed_precision}"
 
 
 def _overlapping(

@@ -35,9 +35,13 @@ class RollupSum(msgspec.Struct, frozen=True, kw_only=True):
     activity: str
     device_name: str
     pci_device_id: str
+    compute_capability: str
     tier: str
+    energy_scope: str  # 'module' where the energy counter reads more than the GPU
     precision: str
     precision_origin: str
+    first_model_version: str  # of the agent's first estimate; '' without one
+    first_table_version: str
     standing: Literal["clear", "disputed"]
     simulated: bool
     records: int

@@ -169,7 +169,8 @@ import_key = _table(
 # The columns of a rollup group, in the order their digest `group_id` is taken.
 GROUP_KEYS: Final = (
     "day", "account", "kind", "model", "run", "job", "activity", "device_name", "pci_device_id",
-    "tier", "precision", "precision_origin", "standing", "simulated",
+    "compute_capability", "tier", "energy_scope", "precision", "precision_origin",
+    "first_model_version", "first_table_version", "standing", "simulated",
 )  # fmt: skip
 _INTEGER_KEYS: Final = frozenset({"day", "simulated"})
 

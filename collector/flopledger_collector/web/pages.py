@@ -14,11 +14,24 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from flopledger_collector.reports import figures
 from flopledger_collector.reports.markdown import declared_cost, declared_flop, period_text
-from flopledger_collector.reports.statement import ENERGY_BOUNDARY, NOTES, Statement, precision_of
+from flopledger_collector.reports.measured import (
+    accelerator_of,
+    energy_cell,
+    lacking_of,
+    restatement_rows,
+)
+from flopledger_collector.reports.statement import (
+    BOUNDARIES,
+    ENERGY_BOUNDARY,
+    NOTES,
+    Statement,
+    precision_of,
+)
 from flopledger_collector.silence import said
-from flopledger_collector.status import integer_operations
+from flopledger_collector.usage import integer_operations
 from flopledger_collector.web.bars import bar
 from flopledger_core import units
+from flopledger_core.records import FLAGS
 
 if TYPE_CHECKING:
     from flopledger_collector.status import LedgerStatus, ProjectStatus
@@ -53,6 +66,12 @@ class Pages:
             "bar": bar,
             "integer_operations": integer_operations,
             "precision_of": precision_of,
+            "accelerator_of": accelerator_of,
+            "energy_cell": energy_cell,
+            "lacking_of": lacking_of,
+            "restatement_rows": restatement_rows,
+            "boundaries": BOUNDARIES,
+            "flags": FLAGS,
             "said": said,
             "declared_flop": declared_flop,
             "declared_cost": declared_cost,

@@ -11,13 +11,18 @@ from hypothesis import strategies as st
 
 from flopledger_agent.gpus.gpm import (
     COUNTERS,
+    EXACT_DOUBLES,
+    GRAPHICS_UTIL,
     PERCENTAGES,
     Answers,
     GpmMeter,
-    classify_scale,
+    Interval,
+    Scale,
     contradicts,
     count_of,
+    proven_scale,
     ratio_of,
+    uncertainty_of,
 )
 from flopledger_agent.gpus.limits import limits_of
 from flopledger_core.accelerators import load_table
@@ -26,13 +31,23 @@ from flopledger_core.units import INT64_MAX
 SECOND_NS = 1_000_000_000
 OK = 0
 NOT_SUPPORTED = 3
+H100 = load_table().by_key("H100 SXM")
+FULL = 1.98e9 * H100.sm_count  # cycles of every SM in a second at the highest clock
+LIMITS = limits_of(H100)
 
 
-def answers(elapsed: float, active: float, percent: float = 50.0) -> Answers:
-    """What a driver with everything would say."""
+def answers(
+    elapsed: float, active: float, percent: float = 50.0, graphics: float = 100.0
+) -> Answers:
+    """What a driver with everything would say; `graphics`: how much of the time anything ran."""
     counters = dict.fromkeys(COUNTERS.values(), (OK, active))
     ratios = dict.fromkeys(PERCENTAGES.values(), (OK, percent))
-    return {**counters, **ratios, COUNTERS["elapsed"]: (OK, elapsed)}
+    return {
+        **counters,
+        **ratios,
+        COUNTERS["elapsed"]: (OK, elapsed),
+        GRAPHICS_UTIL: (OK, graphics),
+    }
 
 
 @given(st.floats(min_value=0, max_value=100))
@@ -66,35 +81,79 @@ def test_a_percentage_rounded_above_100_is_full() -> None:
     assert ratio_of(250.0) == "out_of_range"
 
 
-@given(
-    clock_khz=st.integers(min_value=250_000, max_value=3_000_000),
-    error=st.fractions(min_value=Fraction(2, 5), max_value=Fraction(5, 2)),
-    sm_count=st.integers(min_value=10, max_value=200),
-    is_sum=st.booleans(),
-)
-def test_the_scale_is_found_while_the_clock_reading_is_roughly_right(
-    clock_khz: int, error: Fraction, sm_count: int, is_sum: bool
-) -> None:
-    """A clock off by less than the tolerance never turns one scale into the other."""
-    cycles = int(clock_khz * 1000 * error) * (sm_count if is_sum else 1)
-    scale = classify_scale(
-        cycles=cycles,
-        interval_ns=SECOND_NS,
-        clocks_khz=(clock_khz, clock_khz),
-        sm_count=sm_count,
-    )
-    assert scale == ("sum" if is_sum else "mean") or (scale is None and sm_count < 24)
-
-
-@pytest.mark.parametrize("cycles", [0, -5, 1_755_000 * 1000 * 12])
-def test_an_unclear_rate_leaves_the_scale_open(cycles: int) -> None:
-    """A counter that stands, went back, or fits neither scale proves nothing."""
-    assert (
-        classify_scale(
-            cycles=cycles, interval_ns=SECOND_NS, clocks_khz=(1_755_000, 1_755_000), sm_count=132
+@st.composite
+def stretches(draw: st.DrawFn) -> tuple[list[tuple[int, int, bool]], bool, int]:
+    """Some seconds of a device: per stretch its length, its clock when awake, and if it works."""
+    parts = draw(
+        st.lists(
+            st.tuples(
+                st.integers(1, 1000),  # ms
+                st.one_of(st.just(0), st.integers(300_000, 1_980_000)),  # kHz; 0: asleep
+                st.booleans(),
+            ),
+            min_size=1,
+            max_size=6,
         )
-        is None
     )
+    return parts, draw(st.booleans()), draw(st.integers(10, 200))
+
+
+@given(
+    stretches(), st.integers(0, 100), st.one_of(st.none(), st.sampled_from([0, -1])), st.booleans()
+)
+def test_nothing_a_device_does_proves_the_wrong_scale(
+    stretched: tuple[list[tuple[int, int, bool]], bool, int],
+    stale_ms: int,
+    clock_end: int | None,
+    told: bool,
+) -> None:
+    """Awake, asleep, idle and busy for any share of an interval, with counters up to 100 ms old."""
+    parts, is_sum, sm_count = stretched
+    parts = [(ms, khz, works and khz > 0) for ms, khz, works in parts]
+    awake = [khz for _, khz, _ in parts if khz]
+    span_ms = sum(ms for ms, _, _ in parts)
+    counted = sum(ms * khz for ms, khz, _ in parts)
+    counted = max(0, counted - stale_ms * (awake[0] if awake else 0))
+    active = Fraction(sum(ms for ms, _, works in parts if works), span_ms)
+    # A clock that fell below a third of both readings while it worked is not claimed to be known.
+    clock = None if clock_end is None or not awake else min(awake)
+    found = proven_scale(
+        Interval(
+            cycles=counted * (sm_count if is_sum else 1),
+            interval_ns=span_ms * 1_000_000,
+            active_ratio=active if told else None,
+            clock_khz=clock,
+        ),
+        sm_count=sm_count,
+        mean_clock_khz_max=LIMITS.mean_clock_khz,
+    )
+    assert found in {None, "sum" if is_sum else "mean"}
+
+
+@pytest.mark.parametrize("sm_count", [16, 132])
+@pytest.mark.parametrize("is_sum", [True, False])
+def test_a_busy_second_proves_the_scale(sm_count: int, *, is_sum: bool) -> None:
+    """Whatever the counters count, work shows it, on a whole GPU as on a small instance."""
+    found = proven_scale(
+        Interval(
+            cycles=1_755_000_000 * (sm_count if is_sum else 1),
+            interval_ns=SECOND_NS,
+            active_ratio=Fraction(9, 10),
+            clock_khz=1_755_000,
+        ),
+        sm_count=sm_count,
+        mean_clock_khz_max=LIMITS.mean_clock_khz,
+    )
+    assert found == ("sum" if is_sum else "mean")
+
+
+@pytest.mark.parametrize("cycles", [0, -5, 10_000, 1_980_000_000 * 1000])
+def test_a_rate_that_fits_no_scale_proves_none(cycles: int) -> None:
+    """A counter that stands, went back, crawls under full load or races is no evidence."""
+    interval = Interval(
+        cycles=cycles, interval_ns=SECOND_NS, active_ratio=Fraction(1), clock_khz=1_755_000
+    )
+    assert proven_scale(interval, sm_count=132, mean_clock_khz_max=LIMITS.mean_clock_khz) is None
 
 
 def test_cycles_of_a_mean_counter_are_multiplied_by_the_sms() -> None:
@@ -156,17 +215,12 @@ def test_nothing_usable_is_no_tier() -> None:
     assert reading.tier is None
 
 
-H100 = load_table().by_key("H100 SXM")
-FULL = 1.98e9 * H100.sm_count  # cycles of every SM in a second at the highest clock
-LIMITS = limits_of(H100)
-
-
-def follow(meter: GpmMeter, *elapsed: float, start: int = 0) -> list[str]:
+def follow(meter: GpmMeter, *elapsed: float, start: int = 0, graphics: float = 100.0) -> list[str]:
     """Read the counter once a second at the highest clock; what kept cycles absent, each time."""
     whys = []
     for second, value in enumerate(elapsed, start=start):
         reading = meter.interpret(
-            answers(value, value / 2),
+            answers(value, value / 2, graphics=graphics),
             boot_ns=second * SECOND_NS,
             sm_clock_khz=1_980_000,
             since_delivered=True,
@@ -175,31 +229,75 @@ def follow(meter: GpmMeter, *elapsed: float, start: int = 0) -> list[str]:
     return whys
 
 
-def test_a_device_asleep_for_most_of_an_interval_does_not_teach_the_wrong_scale() -> None:
-    """A sum that stood still for 98.5 % of a second looks like a mean; two intervals must agree."""
-    meter = GpmMeter(H100.sm_count)  # even where no limit of the device is known
-    waking = 0.015 * FULL
-    assert follow(meter, 0, waking, waking + FULL) == ["scale_undetermined"] * 3
-    assert follow(meter, waking + 2 * FULL, start=3) == ["counted"]
+def test_a_device_asleep_for_most_of_the_time_never_teaches_the_wrong_scale() -> None:
+    """A sum that stands still for 99.2 % of every second looks like the mean of an awake device.
+
+    Once it was believed after two such seconds, and a hundred times too much was counted until the
+    first busy one.
+    """
+    meter = GpmMeter(H100.sm_count, limits=LIMITS)
+    asleep = [0.008 * FULL * second for second in range(50)]
+    assert set(follow(meter, *asleep, graphics=0.8)) == {"scale_undetermined"}
+    busy = [asleep[-1] + FULL * second for second in range(1, 4)]
+    assert follow(meter, *busy, start=50) == ["scale_undetermined", "counted", "counted"]
     assert meter.scale == "sum"
 
 
-def test_an_implied_clock_above_the_devices_own_is_no_scale() -> None:
-    """The sleeping sum implies 3.9 GHz for one SM: no interval of that kind teaches anything."""
+def test_an_idle_mean_is_believed_when_it_works() -> None:
+    """Idleness cannot tell it from a sleeping sum: percentages serve until work proves it."""
     meter = GpmMeter(H100.sm_count, limits=LIMITS)
-    follow(meter, *(0.015 * FULL * second for second in range(50)))
+    idle = [0.345e9 * second for second in range(10)]
+    assert set(follow(meter, *idle, graphics=0.0)) == {"scale_undetermined"}
+    busy = [idle[-1] + 1.98e9 * second for second in range(1, 3)]
+    assert follow(meter, *busy, start=10) == ["scale_undetermined", "counted"]
+    assert meter.scale == "mean"
+
+
+def test_one_garbled_reading_does_not_teach_a_scale() -> None:
+    """Two intervals in a row must agree."""
+    meter = GpmMeter(H100.sm_count)
+    waking = 0.5 * FULL
+    assert follow(meter, 0, waking, waking + 1.98e9) == ["scale_undetermined"] * 3
     assert meter.scale is None
 
 
-def test_a_scale_learned_wrong_is_contradicted_and_learned_again() -> None:
-    """Idleness can deceive for long; the first busy second ends it."""
+def test_a_driver_that_does_not_tell_activity_proves_no_mean() -> None:
+    """Without a witness of being awake a low rate stays unclear; nothing is counted by a guess."""
     meter = GpmMeter(H100.sm_count, limits=LIMITS)
-    asleep = [0.008 * FULL * second for second in range(3)]
-    assert follow(meter, *asleep)[-1] == "counted"
-    assert str(meter.scale) == "mean"
-    busy = [asleep[-1] + FULL * second for second in range(1, 5)]
-    assert follow(meter, *busy, start=3) == ["scale_contradicted"] * 2 + ["counted"] * 2
+    busy = [1.98e9 * second for second in range(20)]
+    assert set(follow(meter, *busy, graphics=math.nan)) == {"scale_undetermined"}
+
+
+def test_a_scale_that_cannot_be_is_contradicted_and_found_anew() -> None:
+    """A scale handed over from before is held against every interval."""
+    meter = GpmMeter(H100.sm_count, "mean", LIMITS)
+    busy = [FULL * second for second in range(5)]
+    assert follow(meter, *busy) == ["counted", *["scale_contradicted"] * 2, *["counted"] * 2]
     assert str(meter.scale) == "sum"
+
+
+def test_cycles_of_two_scales_are_never_subtracted() -> None:
+    """Where the scale changed, ratios end the interval and counting begins again."""
+    meter = GpmMeter(H100.sm_count, "mean", LIMITS)
+    hands: list[tuple[str | None, bool]] = []
+    for second in range(6):
+        reading = meter.interpret(
+            answers(FULL * second, 0.5 * FULL * second),
+            boot_ns=second * SECOND_NS,
+            sm_clock_khz=1_980_000,
+            since_delivered=True,
+        )
+        hands.append((reading.tier, reading.cycles is not None))
+        # The two readings without a scale never reach the consumer, who still holds a mean.
+        meter.settle(delivered=second not in {1, 2})
+    assert hands == [
+        ("gpm_cycles", True),
+        ("gpm_util", False),
+        ("gpm_util", False),
+        ("gpm_util", True),
+        ("gpm_cycles", True),
+        ("gpm_cycles", True),
+    ]
 
 
 @given(
@@ -242,3 +340,60 @@ def test_counting_begins_with_means_for_the_interval_that_ends() -> None:
     assert (reading.tier, reading.absent) == ("gpm_util", {})
     assert reading.utilization is not None
     assert reading.cycles is not None
+
+
+def test_only_sm_activity_is_a_tier_of_its_own() -> None:
+    """Without tensor metrics, how busy the SMs were still bounds the work; it says no more."""
+    known = {PERCENTAGES["sm_active"], PERCENTAGES["fp32"]}
+    coarse: Answers = {
+        metric: (OK, 50.0) if metric in known else (NOT_SUPPORTED, 0.0)
+        for metric in answers(0.0, 0.0)
+    }
+    reading = GpmMeter(sm_count=132).interpret(
+        coarse, boot_ns=0, sm_clock_khz=None, since_delivered=True
+    )
+    assert reading.tier == "sm_active"
+    assert reading.utilization == {"sm_active": Fraction(1, 2), "fp32": Fraction(1, 2)}
+    assert reading.absent["utilization.hmma"] == "not_supported"
+
+
+def test_a_pipe_alone_is_no_tier() -> None:
+    """Neither tensor work nor how busy the SMs were: the caller has a better source."""
+    lone: Answers = {PERCENTAGES["fp32"]: (OK, 50.0), PERCENTAGES["sm_active"]: (OK, math.nan)}
+    reading = GpmMeter(sm_count=132).interpret(
+        lone, boot_ns=0, sm_clock_khz=None, since_delivered=True
+    )
+    assert (reading.tier, reading.utilization) == (None, None)
+    assert reading.absent["utilization"] == "not_a_number"
+
+
+@given(
+    before=st.integers(0, 2**62),
+    work=st.integers(0, 2**60),
+    is_sum=st.booleans(),
+    sm_count=st.integers(10, 200),
+)
+def test_what_doubles_hide_is_within_the_uncertainty(
+    before: int, work: int, is_sum: bool, sm_count: int
+) -> None:
+    """Counted cycles differ from the true ones by at most the uncertainty of both readings."""
+    scale: Scale = "sum" if is_sum else "mean"
+    divisor = 1 if is_sum else sm_count
+    ends = [float(total // divisor) for total in (before, before + work)]
+    factor = sm_count // (sm_count if is_sum else 1)
+    counted = (int(ends[1]) - int(ends[0])) * factor
+    uncertain = sum(uncertainty_of(int(end), scale, sm_count) for end in ends)
+    assert abs(counted - work) <= uncertain
+
+
+def test_exact_readings_are_certain() -> None:
+    """Whole numbers below 2^53 lose nothing; from there on half the distance of doubles."""
+    assert uncertainty_of(EXACT_DOUBLES - 1, "sum", 132) == 0
+    assert uncertainty_of(EXACT_DOUBLES, "sum", 132) == 1
+    assert uncertainty_of(2**60, "sum", 132) == 128
+    assert uncertainty_of(1, "mean", 132) == 132
+    assert uncertainty_of(2**60, "mean", 132) == 129 * 132
+    reading = GpmMeter(132, "sum").interpret(
+        answers(2.0**60, 2.0**59), boot_ns=0, sm_clock_khz=None, since_delivered=True
+    )
+    assert reading.uncertain_cycles == 128

@@ -203,7 +203,11 @@ def test_jobs_are_listed_apart(tmp_path: Path) -> None:
     found = shell(tmp_path)
     rich_ledger(tmp_path / "state").close()
     jobs = found.json("job", "list", "atlas")["jobs"]
-    assert {one["job"] for one in jobs} == {None, "7", "job-1"}
+    assert {one["job"] for one in jobs} == {None, "7", "8", "job-1"}
+    (node,) = [one for one in jobs if one["job"] == "8"]
+    assert (node["tier"], node["flop"], node["gpu_time_ms"]) == ("host", None, None)
+    assert node["absent"]["flop"] == "cpu_flop_not_counted"
+    assert node["cpu_time_ms"]["central"] == "120000"
 
 
 def test_a_rebuild_changes_nothing(tmp_path: Path) -> None:

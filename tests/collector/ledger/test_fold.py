@@ -30,7 +30,9 @@ from tests.collector.sealing import (
     MINUTE_MS,
     START_UNIX_MS,
     StreamSealer,
+    first_estimate,
     gap,
+    hosts,
     hours,
     project_owner,
     usage,
@@ -104,7 +106,7 @@ def test_lines_are_the_exact_sums_of_the_records_bases(ledger: LedgerHandle) -> 
     assert (line.first_unix_ms, line.last_unix_ms) == (START_UNIX_MS, START_UNIX_MS + 3 * MINUTE_MS)
     assert line.accelerator == "H100 SXM"
     assert line.energy_mj.central == 6 * 600 * MINUTE_MS
-    assert lines["unattributed", "none"].sums == {"gap_time_ms": 3 * MINUTE_MS}
+    assert lines["unattributed", "none"].sums["gap_time_ms"] == 3 * MINUTE_MS
     assert ledger.ledger.health().gap_time_ms == 3 * MINUTE_MS
     assert {found.account for found in ledger.ledger.totals("atlas").lines} == {"atlas"}
 
@@ -268,7 +270,13 @@ def _mixed_history(ledger: LedgerHandle, seed: int, *, fold_between: bool) -> No
                 usage(minute * 200, gpu, owner=owner, node=sealer.node, energy_mj=energy)
                 for gpu in range(2)
             ]
-            outcomes(ledger, sealer.seal(records))
+            scope = chance.choice(["gpu", "module"])
+            first = chance.choice([None, first_estimate(minute), first_estimate(1, "1", "b")])
+            records.append(
+                usage(minute * 200, 2, node=sealer.node, energy_scope=scope, estimate=first)
+            )
+            node_minute = hosts(minute * 200, owner=owner) if owner != IDLE else []
+            outcomes(ledger, sealer.seal([*records, *node_minute]))
         ledger.entries.post(hours(f"west:{minute % 5}"))
         if chance.random() < 0.4:
             choices: list[PersonRecord] = [budget(minute), opening(), declaration(minute + 1)]

@@ -12,7 +12,8 @@ import pytest
 
 from flopledger_collector.handle import LedgerHandle
 from flopledger_collector.reports.json_form import encode, statement_document
-from flopledger_collector.reports.markdown import statement_markdown, text
+from flopledger_collector.reports.markdown import statement_markdown
+from flopledger_collector.reports.markdown_table import text
 from flopledger_collector.reports.statement import Period, Statement, build_statement
 from flopledger_collector.status import load_rules
 from flopledger_core.bounds import total

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from tests.collector.ledgers import budget, rich_ledger
 from tests.collector.opened import opened, opening, send
 from tests.collector.sealing import StreamSealer, project_owner, usage
 from tests.collector.surface.served import Ticks, served
+from tests.programs import require_program
 
 # Family -> label names, as everything that queries the page expects them.
 CONTRACT = {
@@ -25,6 +27,10 @@ CONTRACT = {
     "flopledger_project_energy_joules": {"project"},
     "flopledger_project_gpu_seconds": {"project"},
     "flopledger_project_cost": {"project", "currency"},
+    "flopledger_project_pipe_flop": {"project", "pipe", "bound"},
+    "flopledger_project_boundary_energy_joules": {"project", "boundary", "bound"},
+    "flopledger_project_cpu_seconds": {"project", "bound"},
+    "flopledger_project_stand_in_records": {"project"},
     "flopledger_instrument_threshold": {"instrument", "quantity"},
     "flopledger_instrument_ratio": {"project", "instrument", "bound"},
     "flopledger_instrument_state": {"project", "instrument", "state"},
@@ -32,6 +38,7 @@ CONTRACT = {
     "flopledger_budget_ratio": {"project", "budget", "quantity", "bound"},
     "flopledger_unattributed_flop": {"bound"},
     "flopledger_idle_gpu_seconds": set[str](),
+    "flopledger_idle_cpu_seconds": set[str](),
     "flopledger_gap_gpu_seconds": set[str](),
     "flopledger_disputed_records": set[str](),
     "flopledger_journal_entries": set[str](),
@@ -79,6 +86,18 @@ def test_the_page_keeps_its_contract(handle: LedgerHandle) -> None:
     assert "job" not in {label for one in found.values() for label in one[0].labels}
 
 
+@pytest.mark.server
+def test_the_page_passes_the_metric_linter(handle: LedgerHandle) -> None:
+    """Every family, nodes' among them: names, units, types, help texts."""
+    with served(handle) as client:
+        page = client.get("/metrics").text
+    done = subprocess.run(
+        [require_program("promtool"), "check", "metrics"],
+        input=page, capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 def test_the_page_says_what_the_ledger_says(handle: LedgerHandle) -> None:
     """Base units: joules, seconds, FLOP; shares are ratios."""
     with served(handle) as client:
@@ -87,6 +106,19 @@ def test_the_page_says_what_the_ledger_says(handle: LedgerHandle) -> None:
     assert value(found, "flopledger_project_gpu_seconds", project="stray") == 60
     assert value(found, "flopledger_project_cost", project="birch", currency="USD") == 1234.56
     assert value(found, "flopledger_idle_gpu_seconds") == 60
+    assert value(found, "flopledger_idle_cpu_seconds") == 120
+    node = {"project": "atlas", "boundary": "node"}
+    assert value(found, "flopledger_project_boundary_energy_joules", **node, bound="low") == 0
+    assert value(found, "flopledger_project_boundary_energy_joules", **node, bound="central") == (
+        42_000
+    )
+    tensor = {"project": "stray", "pipe": "tensor", "bound": "central"}
+    cores = {"project": "stray", "pipe": "cuda_core", "bound": "central"}
+    both = [value(found, "flopledger_project_pipe_flop", **one) for one in (tensor, cores)]
+    policy = {"project": "stray", "policy": "ec-cumulative", "bound": "central"}
+    assert sum(both) == pytest.approx(value(found, "flopledger_project_flop", **policy))
+    shown = {one.labels["project"] for one in found["flopledger_project_cpu_seconds"]}
+    assert shown == {"atlas"}  # absent is not zero
     assert value(found, "flopledger_gap_gpu_seconds") == 180
     assert value(found, "flopledger_disputed_records") == 1
     assert value(found, "flopledger_journal_entries") == 15

@@ -194,6 +194,15 @@ def test_wrong_questions_are_400(client: TestClient[Any], query: str, names: str
     assert names in answer.json()["error"]
 
 
+def _node_amounts(document: dict[str, Any]) -> dict[str, Any]:
+    """CPU time and the energy at every boundary."""
+    return {"cpu_time_ms": document["cpu_time_ms"], **document["energy_by_boundary_mj"]}
+
+
+def _host_only(amounts: dict[str, Any]) -> dict[str, Any]:
+    return {name: amounts[name] for name in ("cpu_package", "node")}
+
+
 def test_the_api_and_the_command_line_say_the_same(client: TestClient[Any]) -> None:
     """Every exact amount is a decimal string, and the total is the sum of the items."""
     document = client.get("/v1/projects/atlas/statement").json()
@@ -203,6 +212,21 @@ def test_the_api_and_the_command_line_say_the_same(client: TestClient[Any]) -> N
     assert client.get("/v1/status").json()["projects"][0] == client.get("/v1/projects/atlas").json()
     projects = client.get("/v1/projects").json()["projects"]
     assert [one["project"] for one in projects] == ["atlas", "birch", "empty", "stray"]
+    node = _node_amounts(document["own"])
+    for status in (client.get("/v1/status").json()["projects"][0], document):
+        assert _node_amounts(status["own"]) == node
+    (item,) = document["host_items"]
+    assert _node_amounts(item) == {"cpu_time_ms": node["cpu_time_ms"], **_host_only(node)}
+    page = client.get("/projects/atlas/statement").text
+    markdown = client.get("/v1/projects/atlas/statement?format=markdown").text
+    for amount in ("120.000", "0.012 [0.000, 0.023] (node)", "model 1, table old"):
+        assert amount in page
+        assert amount in markdown
+    metrics = client.get("/metrics").text
+    assert 'flopledger_project_cpu_seconds{bound="central",project="atlas"} 120.0' in metrics
+    joules = int(node["node"]["central"]) / 1000
+    labels = 'bound="central",boundary="node",project="atlas"'
+    assert f"flopledger_project_boundary_energy_joules{{{labels}}} {joules}" in metrics
     text = client.get("/v1/projects/atlas/statement?format=markdown")
     assert text.headers["content-type"] == "text/markdown; charset=utf-8"
     assert text.text.startswith("# Statement: atlas")

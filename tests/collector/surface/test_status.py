@@ -16,9 +16,8 @@ from flopledger_collector.status import (
     evaluate_ledger,
     evaluate_project,
     load_rules,
-    possible,
-    usage_of,
 )
+from flopledger_collector.usage import possible, usage_of
 from flopledger_core.bounds import Bounds, total
 from flopledger_core.errors import UnknownName
 from flopledger_core.flop import Work
@@ -41,10 +40,13 @@ def line(**changes: object) -> Line:
     zero = Bounds(low=0, central=0, high=0)
     fields: dict[str, object] = {
         "account": "atlas", "project": "atlas", "kind": "attributed", "model": None, "run": None,
-        "activity": "pretrain", "device_name": "", "pci_device_id": None, "accelerator": None,
-        "tier": "declared", "precision": None, "precision_origin": "unknown", "standing": "clear",
-        "simulated": False, "records": 1, "sums": {}, "work": Work(), "energy_mj": zero,
-        "first_unix_ms": 0, "last_unix_ms": 0,
+        "activity": "pretrain", "device_name": "", "pci_device_id": None,
+        "compute_capability": None, "accelerator": None, "stand_in": False, "tier": "declared",
+        "peak_basis": None, "precision": None, "assumed_precision": None,
+        "precision_origin": "unknown", "standing": "clear", "simulated": False, "records": 1,
+        "sums": {}, "work": Work(), "energy_mj": zero, "energy_boundary": "gpu",
+        "cpu_time_ms": None, "host_energy_mj": {}, "first_model_version": None,
+        "first_table_version": None, "first_flop": None, "first_unix_ms": 0, "last_unix_ms": 0,
     }  # fmt: skip
     return Line(**(fields | changes))  # type: ignore[arg-type]
 

@@ -20,10 +20,11 @@ import pynvml
 
 from flopledger_agent.gpus.simulated.devices import Device
 from flopledger_agent.gpus.simulated.faults import Fault, FaultGate
+from flopledger_agent.gpus.simulated.functions.events import SimulatedEventSet
 from flopledger_agent.gpus.simulated.functions.gpm import Sample
 from flopledger_agent.gpus.simulated.library import SimulatedLibrary
 from flopledger_agent.gpus.simulated.scenario import Scenario, ScenarioProcess
-from flopledger_agent.gpus.simulated.truth import Truth, gpu_truth
+from flopledger_agent.gpus.simulated.truth import Truth, gpu_truth, with_instances
 from flopledger_core.errors import InvalidInput
 
 
@@ -68,8 +69,15 @@ class SimulatedDriver:
             for position, gpu in enumerate(scenario.gpus)
         )
         self.device_by_address = {device.address: device for device in self.devices}
+        self.mig_by_address = {
+            handle.address: handle
+            for device in self.devices
+            for placed in device.instances
+            for handle in placed.handles
+        }
         self.faults = scenario.faults
         self.gpm_samples: dict[int, Sample] = {}
+        self.event_sets: dict[int, SimulatedEventSet] = {}
         self.initialised = 0
         self._gate = FaultGate(self.now_ns)
         self._processes = {p.pid: self._process(p) for p in scenario.processes.values()}
@@ -174,7 +182,12 @@ class SimulatedDriver:
             raise InvalidInput("truth window", (start_ns, end_ns), remedy)
         first, last = start_ns - self.start_boottime_ns, end_ns - self.start_boottime_ns
         gpus = tuple(
-            gpu_truth(device.position, device.gpu, device.schedule, first, last)
+            with_instances(
+                gpu_truth(device.position, device.gpu, device.schedule, first, last),
+                device,
+                first,
+                last,
+            )
             for device in self.devices
         )
         return Truth(start_ns=start_ns, end_ns=end_ns, gpus=gpus)

@@ -6,7 +6,9 @@ call. It never busy-waits: a hang sleeps on a condition until released, over, or
 Kinds: `error` (an NVML code on the named functions), `hang` (the call does not return), `lost`
 (GPU_IS_LOST on every device call), `vanish` (the device leaves the count and its handles are lost),
 `counter_reset` (energy and cumulative cycles restart at zero; the truth goes on), `nan` (GPM
-percentages are not a number), `metric_error` (a GPM metric carries an error of its own).
+percentages are not a number), `metric_error` (a GPM metric carries an error of its own), `xid`
+(the driver reports the XID error `code`, 79 when absent, to whoever registered for it; calls go on
+as they do).
 """
 
 from __future__ import annotations
@@ -19,9 +21,18 @@ from typing import Final, Literal, TypeAlias, cast
 from flopledger_agent.gpus.simulated.tables import ScenarioError, Table
 
 FaultKind: TypeAlias = Literal[
-    "error", "hang", "lost", "vanish", "counter_reset", "nan", "metric_error"
+    "error", "hang", "lost", "vanish", "counter_reset", "nan", "metric_error", "xid"
 ]
-FAULT_KINDS: Final = ("error", "hang", "lost", "vanish", "counter_reset", "nan", "metric_error")
+FAULT_KINDS: Final = (
+    "error",
+    "hang",
+    "lost",
+    "vanish",
+    "counter_reset",
+    "nan",
+    "metric_error",
+    "xid",
+)
 CODE_SUCCESS: Final = 0
 CODE_UNINITIALIZED: Final = 1
 CODE_GPU_IS_LOST: Final = 15

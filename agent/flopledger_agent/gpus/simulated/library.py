@@ -14,15 +14,19 @@ from typing import TYPE_CHECKING, Final
 import pynvml
 
 from flopledger_agent.gpus.simulated.functions import (
+    events,
     fields,
     gpm,
     identity,
+    mig,
     processes,
     readings,
     system,
 )
 from flopledger_agent.gpus.simulated.functions.answers import (
     INVALID_ARGUMENT,
+    NOT_FOUND,
+    NOT_SUPPORTED,
     SUCCESS,
     DeviceFunction,
 )
@@ -35,10 +39,11 @@ from flopledger_agent.gpus.simulated.marshalling import (
 )
 
 if TYPE_CHECKING:
+    from flopledger_agent.gpus.simulated.devices import MigHandle
     from flopledger_agent.gpus.simulated.driver import SimulatedDriver
 
 UNINITIALIZED: Final[int] = pynvml.NVML_ERROR_UNINITIALIZED
-_DEVICE_MODULES: Final = (identity, readings, processes, fields, gpm)
+_DEVICE_MODULES: Final = (identity, readings, processes, fields, gpm, events, mig)
 # The words of nvmlErrorString; pynvml keeps the same list for codes it knows.
 _ERROR_STRINGS: Final = {0: "Success"}
 
@@ -57,14 +62,20 @@ def _callables(driver: SimulatedDriver) -> Iterator[tuple[str, Callable[..., int
     yield "nvmlInit_v2", _init(driver, "nvmlInit_v2")
     yield "nvmlShutdown", _shutdown(driver)
     yield "nvmlErrorString", _error_string
-    for name, answer in system.FUNCTIONS.items():
+    for name, answer in (*system.FUNCTIONS.items(), *events.SYSTEM_FUNCTIONS.items()):
         yield name, _system_call(driver, name, answer)
     for module in _DEVICE_MODULES:
         for name, function in module.FUNCTIONS.items():
-            yield name, _device_call(driver, name, function)
+            refused = name in mig.REFUSED_WITH_MIG
+            answer = mig.without_mig(function) if refused else function
+            yield name, _device_call(driver, name, answer)
+    whole_sample = mig.without_mig(_with(driver, gpm.sample_get))
+    yield "nvmlGpmSampleGet", _device_call(driver, "nvmlGpmSampleGet", whole_sample)
+    part_sample = _with(driver, mig.mig_sample_get)
+    yield "nvmlGpmMigSampleGet", _device_call(driver, "nvmlGpmMigSampleGet", part_sample)
     yield (
-        "nvmlGpmSampleGet",
-        _device_call(driver, "nvmlGpmSampleGet", _with(driver, gpm.sample_get)),
+        "nvmlDeviceRegisterEvents",
+        _device_call(driver, "nvmlDeviceRegisterEvents", _with(driver, events.register_events)),
     )
     yield "nvmlDeviceGetIndex", _device_call(driver, "nvmlDeviceGetIndex", _with(driver, _index))
 
@@ -117,13 +128,17 @@ def _device_call(
     driver: SimulatedDriver, name: str, function: DeviceFunction
 ) -> Callable[..., int]:
     devices = driver.device_by_address
+    mig_handles = driver.mig_by_address
     now_ns = driver.now_ns
 
     def call(handle: CArgument, *arguments: CArgument) -> int:
         if not driver.initialised:
             return UNINITIALIZED
         try:
-            device = devices[POINTER.unpack_from(handle)[0]]
+            place = POINTER.unpack_from(handle)[0]
+            if place in mig_handles:
+                return _mig_call(driver, name, mig_handles[place], arguments)
+            device = devices[place]
         except (KeyError, TypeError, struct.error):
             return INVALID_ARGUMENT
         if device.faults:
@@ -138,9 +153,28 @@ def _device_call(
     return call
 
 
+def _mig_call(
+    driver: SimulatedDriver, name: str, handle: MigHandle, arguments: tuple[CArgument, ...]
+) -> int:
+    now_ns = driver.now_ns()
+    spec = handle.instance.spec
+    code = driver.fault_code(name, (*handle.parent.faults, *spec.faults))
+    if code:
+        return code
+    if not spec.alive(now_ns):
+        return NOT_FOUND
+    function = mig.MIG_FUNCTIONS.get(name)
+    if function is None:
+        return NOT_SUPPORTED
+    try:
+        return function(handle, now_ns, *arguments)
+    except InvalidArgument:
+        return INVALID_ARGUMENT
+
+
 def _with(driver: SimulatedDriver, function: Callable[..., int]) -> DeviceFunction:
-    def call(device: CArgument, now_ns: int, argument: CArgument) -> int:
-        return function(device, now_ns, driver, argument)
+    def call(device: CArgument, now_ns: int, *arguments: CArgument) -> int:
+        return function(device, now_ns, driver, *arguments)
 
     return call
 

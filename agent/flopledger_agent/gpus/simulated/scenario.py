@@ -8,11 +8,13 @@
     [[gpus]]                          model, and optionally uuid, serial, gpm, cycle_scale,
                                       sm_count, max_sm_clock_mhz, power_limit_watts, memory_mib,
                                       pci_device_id, compute_capability, idle_sm_clock_mhz,
-                                      idle_power_watts, memory_clock_mhz
+                                      idle_power_watts, memory_clock_mhz, energy_scope,
+                                      other_power_watts, cycles_offset
     [[gpus.phases]]                   seconds, sm_clock_mhz, power_watts, sm_active, pipes,
                                       memory_used_mib, processes, shares, gpu_active,
                                       sm_occupancy, dram_active
     [[gpus.faults]]                   see faults.py
+    [[gpus.instances]]                MIG, see instances.py
     [processes.NAME]                  pid, create_time_unix, user, command, parent_pid, real,
                                       environ
     [trace]                           see trace.py
@@ -27,11 +29,12 @@ import dataclasses
 import hashlib
 import uuid
 from collections.abc import Mapping
-from fractions import Fraction
 from pathlib import Path
 from typing import Final, Literal, TypeAlias, cast
 
 from flopledger_agent.gpus.simulated.faults import Fault, read_faults
+from flopledger_agent.gpus.simulated.instances import Mig, read_mig
+from flopledger_agent.gpus.simulated.phases import Phase, idle_phase, read_phase, refuse_twins
 from flopledger_agent.gpus.simulated.tables import (
     NS_PER_SECOND,
     ScenarioError,
@@ -40,36 +43,18 @@ from flopledger_agent.gpus.simulated.tables import (
 )
 from flopledger_agent.gpus.simulated.trace import read_trace
 from flopledger_core.accelerators import AcceleratorTable, load_table
-from flopledger_core.records import PIPES
+from flopledger_core.records import PIPES, EnergyScope
 
 Gpm: TypeAlias = Literal["cycles", "util", "none"]
 CycleScale: TypeAlias = Literal["sum", "mean"]
 
 DRIVER_WITH_GPM_CYCLES: Final = 595  # nvidia-ml-py 13.595 is the first with ids 248-260
 DRIVER_WITH_GPM: Final = 525
-IDLE_SM_CLOCK_MHZ: Final = 345
-IDLE_POWER_WATTS: Final = 75
 MEMORY_CLOCK_MHZ: Final = 2619
 # Above the largest pid Linux gives out (4194304): a made-up process is never a real one.
 FIRST_SIMULATED_PID: Final = 10_000_001
 GPUS_MAX: Final = 128  # PCI bus numbers are two hex digits; no node holds more
 UNKNOWN_ARCHITECTURE: Final = 0xFFFFFFFF
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Phase:
-    """A stretch of time in which nothing changes; `owners` are process names with shares of 1."""
-
-    duration_ns: int
-    sm_clock_mhz: int
-    power_watts: Fraction
-    sm_active: Fraction
-    pipes: Mapping[str, Fraction]  # every pipe, as a share of elapsed SM-cycles
-    memory_used_mib: int
-    owners: tuple[tuple[str, Fraction], ...]
-    gpu_active: Fraction  # share of time that anything runs, what utilization.gpu shows
-    sm_occupancy: Fraction
-    dram_active: Fraction
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,9 +75,13 @@ class Gpu:
     memory_clock_mhz: int
     gpm: Gpm
     cycle_scale: CycleScale
+    energy_scope: EnergyScope  # what the energy counter, and every phase's power, covers
+    other_power_watts: int  # of the module beside the GPU, contained in every phase's power
+    cycles_offset: int  # where cumulative cycles (summed over SMs) stand at the start
     idle: Phase
     phases: tuple[Phase, ...]
     faults: tuple[Fault, ...]
+    mig: Mig
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -169,7 +158,7 @@ def build_scenario(
         faults=read_faults(table),
     )
     table.finish()
-    _refuse_twins("uuid", [gpu.uuid for gpu in scenario.gpus])
+    refuse_twins("uuid", [gpu.uuid for gpu in scenario.gpus])
     return scenario
 
 
@@ -185,12 +174,6 @@ def _cuda_version(text: str) -> int:
     if not (major.isdecimal() and minor.isdecimal()):
         raise ScenarioError("cuda_version", text, "write it like 13.2")
     return int(major) * 1000 + int(minor) * 10
-
-
-def _refuse_twins(field: str, values: list[str]) -> None:
-    for value in values:
-        if values.count(value) > 1:
-            raise ScenarioError(field, value, "give every GPU its own")
 
 
 def _processes(table: Table) -> dict[str, ScenarioProcess]:
@@ -211,7 +194,7 @@ def _processes(table: Table) -> dict[str, ScenarioProcess]:
             real=row.boolean("real", default="pid" in row and not described),
         )
         row.finish()
-    _refuse_twins("processes.pid", [str(process.pid) for process in processes.values()])
+    refuse_twins("processes.pid", [str(process.pid) for process in processes.values()])
     return processes
 
 
@@ -240,7 +223,9 @@ class _GpuReader:
         facts, gpm_offered = self._facts(row)
         identity = hashlib.sha256(f"flopledger simulated gpu {self._seed} {index}".encode())
         digest = identity.digest()
-        idle = _idle_phase(row)
+        idle = idle_phase(row)
+        own = tuple(read_phase(phase, idle, self._processes) for phase in phases)
+        sm_count = row.integer("sm_count", facts.sm_count, at_least=1)
         gpu = Gpu(
             model=row.text("model"),
             uuid=row.text("uuid", f"GPU-{uuid.UUID(bytes=digest[:16], version=4)}"),
@@ -249,16 +234,22 @@ class _GpuReader:
             architecture=facts.architecture,
             compute_capability=_capability(row, facts.compute_capability),
             cores_per_sm=facts.cores_per_sm,
-            sm_count=row.integer("sm_count", facts.sm_count, at_least=1),
+            sm_count=sm_count,
             max_sm_clock_mhz=row.integer("max_sm_clock_mhz", facts.max_sm_clock_mhz, at_least=1),
             power_limit_watts=row.integer("power_limit_watts", facts.power_limit_watts, at_least=1),
             memory_mib=row.integer("memory_mib", facts.memory_mib, at_least=1),
             memory_clock_mhz=row.integer("memory_clock_mhz", MEMORY_CLOCK_MHZ),
             gpm=cast("Gpm", row.choice("gpm", ("cycles", "util", "none"), gpm_offered)),
             cycle_scale=cast("CycleScale", row.choice("cycle_scale", ("sum", "mean"), "sum")),
+            energy_scope=cast(
+                "EnergyScope", row.choice("energy_scope", ("gpu", "module"), facts.energy_scope)
+            ),
+            other_power_watts=row.integer("other_power_watts", 0),
+            cycles_offset=row.integer("cycles_offset", 0),
             idle=idle,
-            phases=tuple(_phase(phase, idle, self._processes) for phase in phases),
+            phases=own,
             faults=read_faults(row),
+            mig=read_mig(row, own, idle, sm_count, facts.mig_sm_counts, self._processes),
         )
         row.finish()
         return gpu
@@ -285,6 +276,8 @@ class _GpuReader:
             max_sm_clock_mhz=found.max_sm_clock_mhz,
             power_limit_watts=found.power_limit_watts,
             memory_mib=found.memory_mib,
+            energy_scope=found.energy_scope,
+            mig_sm_counts=found.mig_sm_counts,
         ), offered
 
 
@@ -300,6 +293,8 @@ class _Facts:
     max_sm_clock_mhz: int = 1
     power_limit_watts: int = 1
     memory_mib: int = 1
+    energy_scope: EnergyScope = "gpu"
+    mig_sm_counts: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
 
 def _capability(row: Table, default: str) -> tuple[int, int]:
@@ -308,71 +303,3 @@ def _capability(row: Table, default: str) -> tuple[int, int]:
     if not (major.isdecimal() and minor.isdecimal()):
         raise ScenarioError(row.field("compute_capability"), text, "write it like 9.0")
     return int(major), int(minor)
-
-
-def _idle_phase(row: Table) -> Phase:
-    return Phase(
-        duration_ns=0,
-        sm_clock_mhz=row.integer("idle_sm_clock_mhz", IDLE_SM_CLOCK_MHZ),
-        power_watts=row.number("idle_power_watts", IDLE_POWER_WATTS),
-        sm_active=Fraction(0),
-        pipes=dict.fromkeys(PIPES, Fraction(0)),
-        memory_used_mib=0,
-        owners=(),
-        gpu_active=Fraction(0),
-        sm_occupancy=Fraction(0),
-        dram_active=Fraction(0),
-    )
-
-
-def _phase(row: Table, idle: Phase, processes: Mapping[str, ScenarioProcess]) -> Phase:
-    duration_ns = row.nanoseconds("seconds")
-    if duration_ns == 0:
-        raise ScenarioError(row.field("seconds"), 0, "give a phase a length above 0")
-    pipes = _pipes(row.table("pipes"))
-    sm_active = row.ratio("sm_active", max(pipes.values()))
-    phase = Phase(
-        duration_ns=duration_ns,
-        sm_clock_mhz=row.integer("sm_clock_mhz", idle.sm_clock_mhz),
-        power_watts=row.number("power_watts", idle.power_watts),
-        sm_active=sm_active,
-        pipes=pipes,
-        memory_used_mib=row.integer("memory_used_mib", 0),
-        owners=_owners(row, processes),
-        gpu_active=row.ratio("gpu_active", 1 if sm_active else 0),
-        sm_occupancy=row.ratio("sm_occupancy", 0),
-        dram_active=row.ratio("dram_active", 0),
-    )
-    row.finish()
-    return phase
-
-
-def _pipes(table: Table) -> dict[str, Fraction]:
-    ratios = {pipe: table.ratio(pipe, 0) for pipe in PIPES}
-    if "any_tensor" not in table:
-        fp64_tensor = max(ratios["dmma"], ratios["dfma"])
-        total = ratios["hmma"] + ratios["imma"] + fp64_tensor
-        if total > 1:
-            remedy = "make hmma + imma + max(dmma, dfma) at most 1, or give any_tensor"
-            raise ScenarioError(table.field("any_tensor"), float(total), remedy)
-        ratios["any_tensor"] = total
-    table.finish()
-    return ratios
-
-
-def _owners(
-    row: Table, processes: Mapping[str, ScenarioProcess]
-) -> tuple[tuple[str, Fraction], ...]:
-    names = row.texts("processes")
-    _refuse_twins(row.field("processes"), list(names))
-    for name in names:
-        if name not in processes:
-            raise ScenarioError(row.field("processes"), name, f"add a [processes.{name}] table")
-    shares = row.table("shares")
-    weights = {name: shares.number(name, 1) for name in names}
-    shares.finish()
-    for name, weight in weights.items():
-        if weight == 0:
-            raise ScenarioError(shares.field(name), 0, "give a weight above 0")
-    total = sum(weights.values(), Fraction(0))
-    return tuple((name, weight / total) for name, weight in weights.items())

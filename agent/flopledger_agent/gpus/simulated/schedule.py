@@ -14,9 +14,9 @@ import math
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator
 from fractions import Fraction
-from typing import Final
+from typing import Final, Protocol
 
-from flopledger_agent.gpus.simulated.scenario import Gpu, Phase
+from flopledger_agent.gpus.simulated.phases import Phase
 from flopledger_core.records import PIPES
 
 BYTES_PER_MIB: Final = 1024 * 1024
@@ -30,7 +30,26 @@ DRAM_ACTIVE: Final = ENERGY + 2
 POSITIONS: Final = {name: position for position, name in enumerate(COUNTERS)}
 
 
-def phase_rates(gpu: Gpu, phase: Phase) -> tuple[Fraction, ...]:
+class Scheduled(Protocol):
+    """What has phases: a GPU, or an instance of one."""
+
+    @property
+    def sm_count(self) -> int:
+        """SMs whose cycles are counted."""
+        ...
+
+    @property
+    def phases(self) -> tuple[Phase, ...]:
+        """From second 0 on."""
+        ...
+
+    @property
+    def idle(self) -> Phase:
+        """What goes on after the last phase."""
+        ...
+
+
+def phase_rates(gpu: Scheduled, phase: Phase) -> tuple[Fraction, ...]:
     """What every counter gains per nanosecond: SM-cycles, mJ, and nanoseconds of activity."""
     elapsed = Fraction(gpu.sm_count * phase.sm_clock_mhz, 1000)  # MHz = 1000 cycles per 10^6 ns
     shares = (
@@ -57,9 +76,9 @@ class Segment:
 
 
 class Schedule:
-    """All counters of one GPU over time."""
+    """All counters of one GPU, or GPU instance, over time."""
 
-    def __init__(self, gpu: Gpu) -> None:
+    def __init__(self, gpu: Scheduled) -> None:
         phases = [*gpu.phases, gpu.idle]
         exact = [phase_rates(gpu, phase) for phase in phases]
         cycles = _common_denominator(rate for rates in exact for rate in rates[:ENERGY])

@@ -12,11 +12,14 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from fractions import Fraction
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from flopledger_agent.gpus.simulated.scenario import Gpu
 from flopledger_agent.gpus.simulated.schedule import ELAPSED, ENERGY, POSITIONS, Schedule
 from flopledger_core.records import PIPES
+
+if TYPE_CHECKING:
+    from flopledger_agent.gpus.simulated.devices import Device
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,13 +56,30 @@ NOTHING: Final = Integrals(
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class InstanceTruth:
+    """One GPU instance while it existed, whole and by owner; no energy meter shows its energy.
+
+    `gpu_time_ns` is its own time: of the GPU's time it holds its part in slices.
+    """
+
+    instance_id: int
+    from_ns: int  # since the scenario's start; tells apart instances that followed each other
+    whole: Integrals
+    owners: Mapping[str | None, Integrals]
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class GpuTruth:
-    """One GPU's amounts, whole and by owner (a process name; None is idle)."""
+    """One GPU's amounts, whole and by owner (a process name; None is idle).
+
+    While MIG is on its cycles are those of `instances` and its energy contains theirs.
+    """
 
     index: int
     uuid: str
     whole: Integrals
     owners: Mapping[str | None, Integrals]
+    instances: tuple[InstanceTruth, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,6 +119,28 @@ def gpu_truth(index: int, gpu: Gpu, schedule: Schedule, start_ns: int, end_ns: i
         whole=_integrals(whole, schedule, scale) if whole else NOTHING,
         owners=owners,
     )
+
+
+def with_instances(truth: GpuTruth, device: Device, start_ns: int, end_ns: int) -> GpuTruth:
+    """The GPU's truth with that of its instances, and with their energy in the whole's."""
+    instances: list[InstanceTruth] = []
+    for placed in device.instances:
+        spec = placed.spec
+        first = max(start_ns, spec.from_ns)
+        last = end_ns if spec.until_ns is None else min(end_ns, spec.until_ns)
+        if first < last:
+            own = gpu_truth(device.position, placed.device.gpu, placed.device.schedule, first, last)
+            instances.append(
+                InstanceTruth(
+                    instance_id=spec.instance_id,
+                    from_ns=spec.from_ns,
+                    whole=own.whole,
+                    owners=own.owners,
+                )
+            )
+    added = sum((item.whole.energy_mj for item in instances), Fraction(0))
+    whole = dataclasses.replace(truth.whole, energy_mj=truth.whole.energy_mj + added)
+    return dataclasses.replace(truth, whole=whole, instances=tuple(instances))
 
 
 def _integrals(amounts: list[int], schedule: Schedule, scale: int) -> Integrals:

@@ -39,6 +39,17 @@ def migrate(engine: Engine) -> None:
             ) from error
 
 
+def step_back(engine: Engine, version: str) -> None:
+    """Take a database back to an older version, before an older program is started with it.
+
+    What the older tables cannot hold leaves the projections; the journal keeps all of it.
+    """
+    config = _config()
+    with engine.begin() as connection:
+        config.attributes["connection"] = connection
+        command.downgrade(config, version)
+
+
 def current_version(connection: Connection) -> str | None:
     """The version a database is at; None for an empty one."""
     return MigrationContext.configure(connection).get_current_revision()

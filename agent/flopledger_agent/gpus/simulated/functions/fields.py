@@ -27,22 +27,27 @@ from flopledger_agent.gpus.simulated.functions.readings import (
 )
 from flopledger_agent.gpus.simulated.marshalling import CArgument, number, target
 
-SCOPE_GPU: Final = 0
+SCOPE_GPU: Final[int] = pynvml.NVML_POWER_SCOPE_GPU
+SCOPE_MODULE: Final[int] = pynvml.NVML_POWER_SCOPE_MODULE
 POWER_AVERAGE_WINDOW_NS: Final = 1_000_000_000
 SAMPLE_PERIOD_NS: Final = 100_000_000
 SAMPLES_MAX: Final = 120
 FIELD_ID_MAX: Final = pynvml.NVML_FI_MAX
 
 _WIDE: Final = frozenset({pynvml.NVML_FI_DEV_TOTAL_ENERGY_CONSUMPTION, pynvml.NVML_FI_DEV_ENERGY})
+_POWERS: Final[Mapping[int, Callable[[Device, int], int]]] = MappingProxyType(
+    {
+        pynvml.NVML_FI_DEV_POWER_AVERAGE: lambda d, now_ns: d.average_power_mw(
+            now_ns, POWER_AVERAGE_WINDOW_NS
+        ),
+        pynvml.NVML_FI_DEV_POWER_INSTANT: lambda d, now_ns: d.power_mw(now_ns),
+    }
+)
 _FIELDS: Final[Mapping[int, Callable[[Device, int], int]]] = MappingProxyType(
     {
         pynvml.NVML_FI_DEV_TOTAL_ENERGY_CONSUMPTION: lambda d, now_ns: d.energy_mj(now_ns),
         pynvml.NVML_FI_DEV_ENERGY: lambda d, now_ns: d.energy_mj(now_ns),
         pynvml.NVML_FI_DEV_MEMORY_TEMP: celsius,
-        pynvml.NVML_FI_DEV_POWER_AVERAGE: lambda d, now_ns: d.average_power_mw(
-            now_ns, POWER_AVERAGE_WINDOW_NS
-        ),
-        pynvml.NVML_FI_DEV_POWER_INSTANT: lambda d, now_ns: d.power_mw(now_ns),
         pynvml.NVML_FI_DEV_POWER_MIN_LIMIT: min_power_limit_mw,
         pynvml.NVML_FI_DEV_POWER_MAX_LIMIT: power_limit_mw,
         pynvml.NVML_FI_DEV_POWER_DEFAULT_LIMIT: power_limit_mw,
@@ -53,7 +58,7 @@ _FIELDS: Final[Mapping[int, Callable[[Device, int], int]]] = MappingProxyType(
 
 
 def field_values(device: Device, now_ns: int, count: CArgument, values: CArgument) -> int:
-    """Answer nvmlDeviceGetFieldValues; scopes other than the GPU itself are not offered."""
+    """Answer nvmlDeviceGetFieldValues; power also at the scope of the module, where it has one."""
     fields = target(values)
     if not 0 < number(count) <= len(fields):
         return INVALID_ARGUMENT
@@ -62,8 +67,9 @@ def field_values(device: Device, now_ns: int, count: CArgument, values: CArgumen
         field.timestamp = device.unix_us(now_ns)
         field.latencyUsec = 0
         field_id = field.fieldId
-        read = _FIELDS.get(field_id)
-        if read is None or field.scopeId != SCOPE_GPU:
+        read = _FIELDS.get(field_id) if field.scopeId == SCOPE_GPU else None
+        read = read or _power(device, field_id, field.scopeId)
+        if read is None:
             field.nvmlReturn = NOT_SUPPORTED if 0 < field_id < FIELD_ID_MAX else INVALID_ARGUMENT
             continue
         field.nvmlReturn = SUCCESS
@@ -76,9 +82,18 @@ def field_values(device: Device, now_ns: int, count: CArgument, values: CArgumen
     return SUCCESS
 
 
+def _power(device: Device, field_id: int, scope: int) -> Callable[[Device, int], int] | None:
+    read = _POWERS.get(field_id)
+    if read is None or scope not in {SCOPE_GPU, SCOPE_MODULE}:
+        return None
+    if scope == SCOPE_MODULE:
+        return read if device.gpu.energy_scope == "module" else None
+    return lambda d, now_ns: d.of_gpu_alone_mw(read(d, now_ns))
+
+
 def _sampled(kind: int) -> Callable[[Device, int], int] | None:
     sampled: dict[int, Callable[[Device, int], int]] = {
-        pynvml.NVML_TOTAL_POWER_SAMPLES: lambda d, at_ns: d.power_mw(at_ns),
+        pynvml.NVML_TOTAL_POWER_SAMPLES: lambda d, at_ns: d.of_gpu_alone_mw(d.power_mw(at_ns)),
         pynvml.NVML_GPU_UTILIZATION_SAMPLES: lambda d, at_ns: int(
             100 * d.schedule.state_before(at_ns).gpu_active
         ),

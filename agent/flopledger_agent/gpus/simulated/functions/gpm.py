@@ -2,8 +2,9 @@
 
 A sample freezes every counter at one exact instant. A percentage is active / elapsed x 100 of the
 pair as the nearest double; a cumulative id is the newer sample's counter, whole cycles since start
-or reset. Percentages come from counters that never reset. A metric that cannot be answered carries
-its own code, as real drivers do; the call fails only as a whole.
+or reset, as the nearest double too (beyond 2^53 those lie apart). Percentages come from counters
+that never reset. A metric that cannot be answered carries its own code, as real drivers do; the
+call fails only as a whole.
 """
 
 from __future__ import annotations
@@ -26,11 +27,9 @@ from flopledger_agent.gpus.simulated.functions.answers import (
     SUCCESS,
     DeviceFunction,
     constant,
-    unsupported,
 )
 from flopledger_agent.gpus.simulated.marshalling import CArgument, address, target, write_handle
 from flopledger_agent.gpus.simulated.schedule import (
-    COUNTERS,
     DRAM_ACTIVE,
     ELAPSED,
     GPU_ACTIVE,
@@ -85,7 +84,6 @@ _CUMULATIVE: Final[Mapping[int, int]] = MappingProxyType(
 )
 _SHARE, _TIME, _CYCLES, _REFUSED = range(4)  # ways to compute a metric
 _METRIC_VALUES: Final = len(_METRIC_FORMAT)
-_NEVER_RESET: Final = (0,) * len(COUNTERS)
 PLANS_KEPT: Final = 64  # distinct lists of metric ids; a program asks for one or two
 _METRIC_ID_MAX: Final = 477  # of the newest driver simulated
 
@@ -127,6 +125,11 @@ def sample_get(device: Device, now_ns: int, driver: SimulatedDriver, handle: CAr
     """Answer nvmlGpmSampleGet: every counter at this instant."""
     if device.gpu.gpm == "none":
         return NOT_SUPPORTED
+    return freeze(device, now_ns, driver, handle)
+
+
+def freeze(device: Device, now_ns: int, driver: SimulatedDriver, handle: CArgument) -> int:
+    """Fill a sample with every counter of a GPU, or of a GPU instance, at this instant."""
     sample = driver.gpm_samples.get(address(handle))
     if sample is None:
         return INVALID_ARGUMENT
@@ -168,7 +171,7 @@ def _answers(
     before, after = first.counters, second.counters
     elapsed = after[ELAPSED] - before[ELAPSED]
     time = device.schedule.activity_denominator * (second.now_ns - first.now_ns)
-    at_reset = device.counters_at_reset(second.now_ns) or _NEVER_RESET
+    at_reset = device.counters_at_reset(second.now_ns) or device.before_start
     answers: list[int | float] = []
     for metric_id, code, way, position in _plan(wanted, device.gpu.gpm == "cycles"):
         value = 0.0
@@ -222,7 +225,6 @@ def query_support(device: Device, _now_ns: int, out: CArgument) -> int:
 FUNCTIONS: Final[Mapping[str, DeviceFunction]] = MappingProxyType(
     {
         "nvmlGpmQueryDeviceSupport": query_support,
-        "nvmlGpmMigSampleGet": unsupported,
         "nvmlGpmQueryIfStreamingEnabled": constant(0),
     }
 )

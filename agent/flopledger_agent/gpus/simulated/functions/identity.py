@@ -27,7 +27,6 @@ from flopledger_agent.gpus.simulated.marshalling import CArgument, target
 
 DISABLED: Final = 0
 ENABLED: Final = 1
-MIG_SINCE: Final = (8, 0)
 PCIE_GENERATION: Final = 5
 PCIE_WIDTH: Final = 16
 PCIE_MBPS_PER_LANE: Final = 32_000
@@ -52,11 +51,6 @@ def pci_info(device: Device, _now_ns: int, out: CArgument) -> int:
     return SUCCESS
 
 
-def _mig_mode(device: Device, _now_ns: int) -> int | None:
-    # MIG came with Ampere; capable GPUs are simulated with it off.
-    return DISABLED if device.gpu.compute_capability >= MIG_SINCE else None
-
-
 FUNCTIONS: Final[Mapping[str, DeviceFunction]] = MappingProxyType(
     {
         "nvmlDeviceGetName": c_text(lambda device: device.gpu.model),
@@ -77,8 +71,6 @@ FUNCTIONS: Final[Mapping[str, DeviceFunction]] = MappingProxyType(
         "nvmlDeviceGetNumGpuCores": scalar(
             lambda device, _now_ns: device.gpu.sm_count * device.gpu.cores_per_sm
         ),
-        # Real drivers answer this for MIG handles only.
-        "nvmlDeviceGetAttributes_v2": unsupported,
         "nvmlDeviceGetPciInfo_v3": pci_info,
         "nvmlDeviceGetBusType": constant(pynvml.NVML_BUS_TYPE_PCIE),
         "nvmlDeviceGetCurrPcieLinkGeneration": constant(PCIE_GENERATION),
@@ -103,13 +95,7 @@ FUNCTIONS: Final[Mapping[str, DeviceFunction]] = MappingProxyType(
         "nvmlDeviceGetDriverModel_v2": unsupported,
         "nvmlDeviceGetGpuOperationMode": unsupported,
         "nvmlDeviceGetConfComputeMemSizeInfo": unsupported,
-        "nvmlDeviceGetMigMode": pair(_mig_mode, _mig_mode),
-        "nvmlDeviceGetMaxMigDeviceCount": constant(0),
         "nvmlDeviceIsMigDeviceHandle": constant(0),
-        "nvmlDeviceGetMigDeviceHandleByIndex": unsupported,
-        "nvmlDeviceGetGpuInstanceId": unsupported,
-        "nvmlDeviceGetComputeInstanceId": unsupported,
-        "nvmlDeviceGetDeviceHandleFromMigDeviceHandle": unsupported,
         "nvmlDeviceGetBridgeChipInfo": unsupported,
         "nvmlDeviceSetPersistenceMode": forbidden,
         "nvmlDeviceSetComputeMode": forbidden,

@@ -219,7 +219,9 @@ _NO_ENGINE_USE: Final = pair(fixed(0), fixed(UTILIZATION_WINDOW_NS // 1000))
 FUNCTIONS: Final[Mapping[str, DeviceFunction]] = MappingProxyType(
     {
         "nvmlDeviceGetTotalEnergyConsumption": energy,
-        "nvmlDeviceGetPowerUsage": scalar(lambda device, now_ns: device.power_mw(now_ns)),
+        "nvmlDeviceGetPowerUsage": scalar(
+            lambda device, now_ns: device.of_gpu_alone_mw(device.power_mw(now_ns))
+        ),
         "nvmlDeviceGetPowerManagementMode": constant(1),
         "nvmlDeviceGetPowerManagementLimit": scalar(power_limit_mw),
         "nvmlDeviceGetPowerManagementDefaultLimit": scalar(power_limit_mw),
