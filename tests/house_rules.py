@@ -27,7 +27,7 @@ UNIT_WORDS: Final = frozenset(
     " cycles flop operations ratio share shares percent mille milli per ppm cents price weight"
     " speed count index number id pid uid gid fd port version sequence position generation instance"
     " code seed size depth digits attempts entries records batches samples sharers weights gpus"
-    " sms nodes streams slices workers row rows line lines architecture".split()
+    " sms minor nodes streams slices workers row rows line lines architecture".split()
 )
 
 _NETWORK_CALLS: Final = frozenset(

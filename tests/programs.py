@@ -16,7 +16,14 @@ DEBIAN_PACKAGES: Final = {
     "chromium": "chromium",
     "prometheus": "prometheus",
     "prometheus-alertmanager": "prometheus-alertmanager",
+    "munged": "munge",
     "promtool": "prometheus",
+    "sbatch": "slurm-wlm",
+    "scancel": "slurm-wlm",
+    "scontrol": "slurm-wlm",
+    "slurmctld": "slurm-wlm",
+    "slurmd": "slurm-wlm",
+    "squeue": "slurm-wlm",
     "systemd-analyze": "systemd",
 }
 

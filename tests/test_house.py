@@ -36,7 +36,7 @@ LONG_MODULES: Final[dict[str, str]] = {}
 
 # State of a running thing, private to its module and never handed out.
 MUTABLE_VALUE_TYPES: Final[dict[str, str]] = {
-    "agent/flopledger_agent/gpus/device.py::_Opened": "remembers what an open device cannot answer",
+    "agent/flopledger_agent/gpus/opened.py::Opened": "remembers what an open device cannot answer",
     "agent/flopledger_agent/gpus/mig_reader.py::_Part": "follows one part through its samples",
     "agent/flopledger_agent/gpus/source.py::_Slot": "follows one device through its samples",
 }
@@ -83,7 +83,7 @@ IMPORTERS: Final[dict[str, tuple[str, ...]]] = {
     "uvicorn": ("collector/flopledger_collector/app.py", "collector/flopledger_collector/cli/"),
     "jinja2": ("collector/flopledger_collector/web/", "collector/flopledger_collector/reports/"),
     "opentelemetry": ("agent/flopledger_agent/otlp.py",),
-    "grpc": ("agent/flopledger_agent/attribution/kubernetes.py",),
+    "grpc": ("agent/flopledger_agent/attribution/kubelet_resources.py",),
     "click": ("agent/flopledger_agent/cli.py", "collector/flopledger_collector/cli/"),
     "rich": (
         "agent/flopledger_agent/cli.py",

@@ -11,8 +11,11 @@ from urllib.parse import urlsplit
 import msgspec
 from msgspec import Meta
 
+from flopledger_agent.attribution.building import site_of
+from flopledger_agent.attribution.mapping import AttributionSection
 from flopledger_agent.clocks import ScaledClockConfig
 from flopledger_agent.errors import ConfigError
+from flopledger_core.errors import InvalidInput
 from flopledger_core.records import Precision
 
 SPOOL_BYTES_DEFAULT: Final = 1024**3  # about 50 days of 8 GPUs with one owner each: 14 kB a minute
@@ -126,6 +129,7 @@ class AgentConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     state: StateSection = StateSection()
     web: WebSection = WebSection()
     tags: TagsSection = TagsSection()
+    attribution: AttributionSection = AttributionSection()
     sampling: SamplingSection = SamplingSection()
     spool: SpoolSection = SpoolSection()
     gpus: GpusSection = GpusSection()
@@ -153,6 +157,10 @@ def parse_config(text: str, source: str) -> AgentConfig:
     if config.clock is not None and config.gpus.driver != "simulated":
         raise ConfigError(f"{source}: clock is set; only a simulated driver may run on scaled time")
     _require_host(config.host, source)
+    try:
+        site_of(config.attribution)
+    except InvalidInput as error:
+        raise ConfigError(f"{source}: {error}") from error
     if not config.node.name:
         node = msgspec.structs.replace(config.node, name=socket.gethostname())
         config = msgspec.structs.replace(config, node=node)

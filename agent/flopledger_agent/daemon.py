@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from flopledger_agent import clocks, exposition, spool, stream
+from flopledger_agent.attribution.building import make_attributor
 from flopledger_agent.attribution.exits import ExitWatch
-from flopledger_agent.attribution.owners import EnvironmentAttributor
 from flopledger_agent.attribution.processes import CombinedProcessTable, PsutilProcessTable
 from flopledger_agent.attribution.tags import TagRegistry, TagServer
 from flopledger_agent.config import listen_address
@@ -107,7 +107,7 @@ class Daemon:
         self._tag_server = TagServer(
             Path(config.tags.socket),
             self._registry,
-            registered=lambda: self._bell.ring(begins=True),
+            registered=self._job_begins,
             others=Control(self._loop.pauses, os.geteuid(), self._bell.ring),
         )
         self._shipping = Shipping(
@@ -153,7 +153,7 @@ class Daemon:
                 config.node.name,
             ),
             table=self._table,
-            attributor=EnvironmentAttributor(processes, self._registry),
+            attributor=make_attributor(config.attribution, processes, self._registry),
             disk=self._disk,
             spool=self._spool,
             key=load_or_create_key(self._disk),
@@ -183,6 +183,11 @@ class Daemon:
                 f"web.listen_address is {address!r}: {error.strerror or error}; choose a free "
                 "address"
             ) from error
+
+    def _job_begins(self) -> None:
+        """A tag was registered: GPUs and the node itself are read at once. From any thread."""
+        self._loop.job_edge()
+        self._bell.ring(begins=True)
 
     def run(self) -> int:
         """Run until `stop` is set; everything open is sealed before this returns.
@@ -340,7 +345,7 @@ def make_host(
     meter = host_meter(
         config.host,
         clock=clock,
-        attributor=EnvironmentAttributor(processes, registry),
+        attributor=make_attributor(config.attribution, processes, registry),
         registry=registry,
         monotonic_seconds=time.monotonic,
     )

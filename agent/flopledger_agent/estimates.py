@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Final
 import msgspec
 
 from flopledger_agent.windows import Closed
+from flopledger_core.basis import tensor_cross_check
 from flopledger_core.flop import estimate
 from flopledger_core.records import UsageRecord
 
@@ -36,6 +37,8 @@ def with_estimate(item: Closed, table: AcceleratorTable) -> Closed:
         resolved = table.resolve(device.name, device.pci_device_id, device.compute_capability)
         if resolved is not None and not resolved.in_table:
             flags.add("device_not_in_table")
+    if tensor_cross_check(record.cycles):
+        flags.add("tensor_cross_check")
     return Closed(
         record=msgspec.structs.replace(
             record,

@@ -17,17 +17,21 @@ from typing import TYPE_CHECKING, Final
 import msgspec
 
 from flopledger_agent import control, daemon
-from flopledger_agent.attribution.owners import EnvironmentAttributor, describe_claims
+from flopledger_agent.attribution.building import make_attributor
+from flopledger_agent.attribution.owners import describe_claims
 from flopledger_agent.attribution.tags import TagRegistry
 from flopledger_agent.delivery import HttpCollector
 from flopledger_agent.disk import unusable
 from flopledger_agent.errors import CollectorUnreachable, StateError
 from flopledger_agent.gpus import ladder
 from flopledger_agent.gpus import report as gpu_report
+from flopledger_agent.gpus.interface import NodeSample
 from flopledger_agent.host import report as host_report
 from flopledger_agent.host.building import host_meter
 from flopledger_agent.host.node import clock_is_synchronised
 from flopledger_agent.keys import KEY_FILE
+from flopledger_agent.loop import reading_of
+from flopledger_agent.metering import PAUSED
 from flopledger_agent.spool import DIRECTORY, QUARANTINE, sealed_unix_ms
 from flopledger_core.accelerators import load_table
 from flopledger_core.errors import InvalidInput
@@ -38,8 +42,8 @@ if TYPE_CHECKING:
     from flopledger_agent.attribution.interface import ProcessTable
     from flopledger_agent.clocks import Clock
     from flopledger_agent.config import AgentConfig
-    from flopledger_agent.gpus.interface import NodeSample
     from flopledger_agent.gpus.simulated import SimulatedDriver
+    from flopledger_core.accelerators import AcceleratorTable
 
 SAMPLES_MIN: Final = 2  # the first begins the means
 SAMPLES_MAX: Final = 6  # a device may need some to tell the scale of its counters
@@ -63,6 +67,7 @@ class Inspection(msgspec.Struct, frozen=True, kw_only=True):
     gpus: gpu_report.NodeReport
     host: host_report.HostReport | None  # None: not metered
     owners: tuple[DeviceOwners, ...]
+    schedulers: tuple[str, ...]  # what keeps them from being heard, with remedies
     clock_synchronised: bool | None
     collector: str
     tag_socket: str
@@ -107,6 +112,52 @@ def inspect(config: AgentConfig) -> Inspection:
 
 def _inspected(config: AgentConfig, clock: Clock, driver: SimulatedDriver | None) -> Inspection:
     table = load_table()
+    state = _state(Path(config.tags.socket))
+    processes = daemon.process_table(driver)
+    if state is not None and state.paused:  # somebody needs the driver for himself
+        sample = _untouched(clock)
+    else:
+        sample = _gpus(config, clock, driver, table)
+    attributor = make_attributor(config.attribution, processes, TagRegistry(processes))
+    owners = tuple(
+        DeviceOwners(
+            uuid=item.device.key,
+            owners=describe_claims(attributor.claims(item.processes, reading_of(item, sample))),
+        )
+        for item in sample.samples
+    )
+    host = _host(config, clock, processes)
+    return Inspection(
+        node=config.node.name,
+        gpus=gpu_report.describe(sample, table),
+        host=host,
+        owners=owners,
+        schedulers=attributor.troubles(),
+        clock_synchronised=clock_is_synchronised(),
+        collector=_collector(config),
+        tag_socket=_tag_socket(Path(config.tags.socket)),
+        metering="no agent meters here now" if state is None else control.sentence(state),
+        state_directory=config.state.directory,
+        public_key=_public_key(config),
+        permissions=_permissions(config, sample),
+        can_meter=bool(sample.samples)
+        or sample.failure == PAUSED
+        or (host is not None and host.cpu_count is not None),
+    )
+
+
+def _untouched(clock: Clock) -> NodeSample:
+    """What `check` says of the GPUs while metering is paused: nothing, and why."""
+    return NodeSample(
+        boot_ns=clock.boottime_ns(), unix_ns=clock.wall_unix_ns(), samples=(), failures=(),
+        driver=None, failure=PAUSED,
+    )  # fmt: skip
+
+
+def _gpus(
+    config: AgentConfig, clock: Clock, driver: SimulatedDriver | None, table: AcceleratorTable
+) -> NodeSample:
+    """Enough samples of the GPUs for the last one to tell everything."""
     source = ladder.over(
         daemon.gpu_source(config, clock, driver),
         config.gpus.dcgm,
@@ -114,8 +165,6 @@ def _inspected(config: AgentConfig, clock: Clock, driver: SimulatedDriver | None
         table,
         config.node.name,
     )
-    processes = daemon.process_table(driver)
-    attributor = EnvironmentAttributor(processes, TagRegistry(processes))
     pause = threading.Event()
     sample = source.sample()
     for number in range(2, SAMPLES_MAX + 1):
@@ -126,28 +175,8 @@ def _inspected(config: AgentConfig, clock: Clock, driver: SimulatedDriver | None
             break
         pause.wait(BETWEEN_SAMPLES_SECONDS)
         sample = source.sample()
-    owners = tuple(
-        DeviceOwners(
-            uuid=item.device.key, owners=describe_claims(attributor.claims(item.processes))
-        )
-        for item in sample.samples
-    )
     source.close()
-    host = _host(config, clock, processes)
-    return Inspection(
-        node=config.node.name,
-        gpus=gpu_report.describe(sample, table),
-        host=host,
-        owners=owners,
-        clock_synchronised=clock_is_synchronised(),
-        collector=_collector(config),
-        tag_socket=_tag_socket(Path(config.tags.socket)),
-        metering=_metering(Path(config.tags.socket)),
-        state_directory=config.state.directory,
-        public_key=_public_key(config),
-        permissions=_permissions(config, sample),
-        can_meter=bool(sample.samples) or (host is not None and host.cpu_count is not None),
-    )
+    return sample
 
 
 def _host(
@@ -160,7 +189,7 @@ def _host(
     meter = host_meter(
         config.host,
         clock=clock,
-        attributor=EnvironmentAttributor(processes, registry),
+        attributor=make_attributor(config.attribution, processes, registry),
         registry=registry,
         monotonic_seconds=time.monotonic,
     )
@@ -175,11 +204,17 @@ def _host(
 
 def as_lines(report: Inspection) -> list[str]:
     """The inspection for people."""
-    told = [f"node {report.node}", *gpu_report.lines(report.gpus)]
+    told = [f"node {report.node}"]
+    failure = report.gpus.failure
+    if failure is not None and failure.reason == PAUSED:
+        told.append("GPUs: not looked at, because metering is paused and the driver was left alone")
+    else:
+        told += gpu_report.lines(report.gpus)
     told += host_report.lines(report.host)
     for device in report.owners:
         told.append(f"owners of {device.uuid}")
         told += [f"  {line}" for line in device.owners]
+    told += [f"scheduler: {line}" for line in report.schedulers]
     synchronised = {
         True: "synchronised",
         False: "not synchronised: run chrony, ntpd or systemd-timesyncd",
@@ -188,7 +223,7 @@ def as_lines(report: Inspection) -> list[str]:
     told.append(f"node clock: {synchronised}")
     told.append(f"collector: {report.collector}")
     told.append(f"tag socket: {report.tag_socket}")
-    told.append(f"metering: {report.metering}")
+    told.append(report.metering)
     told.append(f"state directory: {report.state_directory}")
     told.append(f"public key: {report.public_key or 'none yet, it is made at the first start'}")
     told += [f"permission: {line}" for line in report.permissions]
@@ -289,12 +324,12 @@ def _tag_socket(path: Path) -> str:
     return f"an agent answers at {path}; what is registered there is known to that agent alone"
 
 
-def _metering(path: Path) -> str:
-    """Whether the agent that runs here meters now, by its own word."""
+def _state(path: Path) -> control.ControlAnswer | None:
+    """What the agent that runs here says of itself; None where none answers."""
     try:
-        return control.sentence(control.tell(path, control.ControlRequest(command="status")))
+        return control.tell(path, control.ControlRequest(command="status"))
     except control.NotCarriedOut:
-        return "no agent answers here"
+        return None
 
 
 def _collector(config: AgentConfig) -> str:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Final
 import msgspec
 
 from flopledger_agent import stream
-from flopledger_agent.attribution.interface import with_default_precision
+from flopledger_agent.attribution.interface import DeviceReading, with_default_precision
 from flopledger_agent.errors import SpoolFull
 from flopledger_agent.estimates import with_estimate
 from flopledger_agent.host import metering as host_metering
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from flopledger_agent.attribution.interface import Attributor, Claim
     from flopledger_agent.clocks import Clock
     from flopledger_agent.disk import Disk
-    from flopledger_agent.gpus.interface import GpuSource, NodeSample
+    from flopledger_agent.gpus.interface import GpuSample, GpuSource, NodeSample
     from flopledger_agent.host.counters import HostCounts
     from flopledger_agent.host.metering import HostState
     from flopledger_agent.host.room import HostRoom
@@ -142,12 +142,16 @@ class AgentLoop:
         self._sampled = True
         claims = {
             sample.device.key: with_default_precision(
-                self._attributor.claims(sample.processes), self._facts.default_precision
+                self._attributor.claims(sample.processes, reading_of(sample, node)),
+                self._facts.default_precision,
             )
             for sample in node.samples
         }
         # After the reading: whoever is gone from it for having ended has been told by now.
-        ended = self._ended | self._ask_ended()
+        told = self._ask_ended()
+        if told:
+            self.job_edge()
+        ended = self._ended | told
         meter, slices = observe(
             self._memory.meter, node, claims, tick_ns=self._facts.tick_ns, ended=ended
         )
@@ -228,6 +232,11 @@ class AgentLoop:
         self._source.close()
         if self._host is not None:
             self._host.close()
+
+    def job_edge(self) -> None:
+        """A job began or ended: the node itself is sampled for it, too. From any thread."""
+        if self._host is not None:
+            self._host.ask()
 
     def host_counts(self) -> HostCounts | None:
         """What the page shows of the node itself; None where it is not metered."""
@@ -362,6 +371,16 @@ class AgentLoop:
             pause=pause,
             pause_left_ms=0 if pause is None else self.pauses.left_ms(pause),
         )
+
+
+def reading_of(sample: GpuSample, node: NodeSample) -> DeviceReading:
+    """What an attributor is told of a reading: which device, when, and who used it how much."""
+    return DeviceReading(
+        device=sample.device.key,
+        boot_ns=sample.boot_ns,
+        unix_ns=max(0, sample.boot_ns + node.unix_ns - node.boot_ns),
+        process_utilization=sample.process_utilization,
+    )
 
 
 def _with_host(memory: stream.Memory, host: HostState, closed: Iterable[Closed]) -> stream.Memory:

@@ -20,6 +20,7 @@ from flopledger_agent.slices import (
     reported,
     slice_between,
     standing_still,
+    without_a_face,
 )
 from flopledger_agent.windows import (
     Anchor,
@@ -73,7 +74,8 @@ def resume(state: MeterState, boot_id: str, now_boot_ns: int, now_unix_ns: int) 
 
     Open windows hold what was read before; they close as they are. In the same boot the anchors
     stay, so cumulative counters bridge the dark time; after a reboot they cannot, and each device's
-    dark time becomes a gap. A boot without an id, or whose time went back, is another boot.
+    dark time becomes a gap. It stays expected: from here on it is dark until it is sampled, however
+    late that is. A boot without an id, or whose time went back, is another boot.
     """
     state = close_windows(state)
     reached_ns = max((device.anchor.boot_ns for device in state.devices.values()), default=0)
@@ -88,7 +90,13 @@ def resume(state: MeterState, boot_id: str, now_boot_ns: int, now_unix_ns: int) 
     gaps = tuple(
         wall_gap(device.anchor, now_unix_ns, "node_restarted") for device in state.devices.values()
     )
-    return MeterState(boot_id=boot_id, devices={}, closed=(*state.closed, *gaps))
+    devices = {
+        key: DeviceState(
+            anchor=_unread(device.anchor.device, now_boot_ns, now_unix_ns), window=None
+        )
+        for key, device in state.devices.items()
+    }
+    return MeterState(boot_id=boot_id, devices=devices, closed=(*state.closed, *gaps))
 
 
 def observe(
@@ -132,7 +140,9 @@ def observe(
             )
             frozen = standing_still(known.anchor, sample, dark=dark)
             whose = holders(known.anchor, sample, claims[key], ended, dark=dark)
-            piece = slice_between(known.anchor, sample, whose, unix_ns, dark=dark, frozen=frozen)
+            piece = without_a_face(
+                slice_between(known.anchor, sample, whose, unix_ns, dark=dark, frozen=frozen)
+            )
             anchor = msgspec.structs.replace(anchor, frozen=frozen)
         slices.append(piece)
         devices[key] = _extended(known.window, piece, anchor, closed)
@@ -267,18 +277,18 @@ def _go_on_without(
             devices[key] = _given_up(device, node, reason, closed)
     for failure in node.failures:
         if failure.reason == PAUSED and failure.device.key not in devices:
-            begun = _unread(failure.device, node)
+            begun = _unread(failure.device, node.boot_ns, node.unix_ns)
             devices[failure.device.key] = DeviceState(
                 anchor=msgspec.structs.replace(begun, halted=PAUSED), window=None
             )
 
 
-def _unread(device: Device, node: NodeSample) -> Anchor:
+def _unread(device: Device, boot_ns: int, unix_ns: int) -> Anchor:
     """From this instant on nobody has read anything of the device."""
     return Anchor(
         device=device,
-        boot_ns=node.boot_ns,
-        unix_ns=node.unix_ns,
+        boot_ns=boot_ns,
+        unix_ns=unix_ns,
         cycles=None,
         energy_mj=None,
         watched=False,
@@ -295,7 +305,7 @@ def _given_up(
     anchor = device.anchor
     closed.extend([] if device.window is None else window_records(device.window))
     closed.append(boot_gap(anchor, node.boot_ns, reason))
-    return DeviceState(anchor=_unread(anchor.device, node), window=None)
+    return DeviceState(anchor=_unread(anchor.device, node.boot_ns, node.unix_ns), window=None)
 
 
 def records_of(closed: Iterable[Closed]) -> list[AgentRecord]:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Final
 
 import msgspec
 
+from flopledger_agent.attribution.splitting import claim_weights
 from flopledger_agent.layouts import part
 from flopledger_agent.windows import MICRO, MW_NS_PER_MJ, shares
 from flopledger_core.records import Cycles
@@ -58,8 +59,7 @@ class Meters:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._micro: dict[WorkKey, dict[str, int]] = defaultdict(lambda: defaultdict(int))
-        self._counted_ns: dict[WorkKey, int] = defaultdict(int)
+        self._works: dict[WorkKey, _Work] = defaultdict(_Work)
         self._energy_mj: dict[Device, int] = defaultdict(int)
         self._power_twice_mw_ns: dict[Device, int] = defaultdict(int)  # where no counter told
         self._checked_mj: dict[Device, int] = defaultdict(int)
@@ -89,10 +89,10 @@ class Meters:
         with self._lock:
             return MeterCounts(
                 cycles={
-                    key: Cycles(**{name: amount // MICRO for name, amount in micro.items()})
-                    for key, micro in self._micro.items()
+                    key: Cycles(**{name: amount // MICRO for name, amount in work.micro.items()})
+                    for key, work in self._works.items()
                 },
-                counted_ns=dict(self._counted_ns),
+                counted_ns={key: work.counted_ns for key, work in self._works.items()},
                 energy_mj=self._energies(),
                 energy_check_mj=self._checks(),
                 time_ns=dict(self._time_ns),
@@ -138,27 +138,38 @@ class Meters:
             self._checked_twice_mw_ns[piece.device] += twice
 
     def _add_slice(self, piece: Slice) -> None:
-        span_ns = piece.end_boot_ns - piece.start_boot_ns
-        weights = [claim.weight for claim in piece.claims]
-        keys = [
-            WorkKey(device=piece.device, tier=piece.tier, precision=claim.precision)
-            for claim in piece.claims
-        ]
         device = piece.device
+        span_ns = piece.end_boot_ns - piece.start_boot_ns
         own_ns = part(device, piece.end_boot_ns) - part(device, piece.start_boot_ns)
-        spans = shares(span_ns, weights)
-        for claim, key, own, span in zip(
-            piece.claims, keys, shares(own_ns, weights), spans, strict=True
-        ):
+        weights = claim_weights(piece.claims)
+        times = shares(own_ns, weights)
+        for claim, own in zip(piece.claims, times, strict=True):
             self._time_ns[device, claim.owner.kind] += own
-            if piece.micro_cycles:
-                self._counted_ns[key] += span
-        if not piece.micro_cycles:
-            self._dark_ns[device, piece.absent.get("cycles", "unknown")] += own_ns
         self._add_energy(piece)
-        if not piece.micro_cycles:
-            return  # a key without counts would be shown as a count of zero
-        works = [self._micro[key] for key in keys]
+        if not piece.micro_cycles:  # a key without counts would be shown as a count of zero
+            self._dark_ns[device, piece.absent.get("cycles", "unknown")] += own_ns
+            return
+        works: list[dict[str, int]] = []
+        for claim, span in zip(piece.claims, shares(span_ns, weights), strict=True):
+            # A key is hashed with all of its device: once here, and not once a counter.
+            work = self._works[WorkKey(device=device, tier=piece.tier, precision=claim.precision)]
+            work.counted_ns += span
+            works.append(work.micro)
+        if len(works) == 1:
+            only = works[0]
+            for name, amount in piece.micro_cycles.items():
+                only[name] += amount
+            return
         for name, amount in piece.micro_cycles.items():
             for sums, share in zip(works, shares(amount, weights), strict=True):
                 sums[name] += share
+
+
+class _Work:
+    """What was counted under one key."""
+
+    __slots__ = ("counted_ns", "micro")
+
+    def __init__(self) -> None:
+        self.micro: dict[str, int] = defaultdict(int)
+        self.counted_ns = 0

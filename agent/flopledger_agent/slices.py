@@ -8,8 +8,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
+import msgspec
+
 from flopledger_agent.layouts import counter_of, part
-from flopledger_agent.windows import MICRO, UNKNOWN_CLAIM, Anchor, Slice
+from flopledger_agent.windows import MICRO, UNKNOWN_CLAIM, UNSEEN_CLAIM, Anchor, Slice
 from flopledger_core.energy import counter_delta
 from flopledger_core.records import CYCLE_FIELDS, Cycles, Tier
 from flopledger_core.units import NS_PER_MS
@@ -22,6 +24,10 @@ CLOCK_STEP_MS: Final = 500  # wall time that moved this far against boot time ha
 # A counter that has not moved for this long stands still: GPM refreshes every 100 ms, the energy
 # counter every 20 to 100 ms, and half a period more for the reading itself.
 FROZEN_AFTER_NS: Final = 150_000_000
+# A device without a visible process worked when its SMs or a pipe of them were active for more than
+# this share of the elapsed cycles: a millisecond of work in a second. A GPU at rest counts nothing;
+# the room is for skew between counters. Coarse utilisation is in whole hundredths: any is above it.
+ACTIVE_PER_MILLE: Final = 1
 _NOTHING: Final[tuple[Tier, dict[str, int], bool]] = ("none", {}, False)
 
 
@@ -40,11 +46,63 @@ def holders(
     exit: it held the device until now. Time that nobody watched is nobody's.
     """
     if dark:
-        return (UNKNOWN_CLAIM,)
+        return _held_through(anchor, claims)
+    if _changed_hands(anchor, sample, claims):
+        return anchor.claims
     before, after = anchor.processes, sample.processes
     if before and after is not None and anchor.claims and ended & (set(before) - set(after)):
         return anchor.claims
     return claims
+
+
+def without_a_face(piece: Slice) -> Slice:
+    """The slice of a device on which no process was visible: if it worked, it was not idle.
+
+    Who worked is not known, and forgetting is not rewarded: `idle` counts for nobody, work that is
+    `unattributed` may be anybody's.
+    """
+    elapsed = piece.micro_cycles.get("elapsed", 0)
+    most = max((piece.micro_cycles[name] for name in piece.micro_cycles if name != "elapsed"),
+               default=0)  # fmt: skip
+    if not _is_idle(piece.claims) or most * 1000 <= elapsed * ACTIVE_PER_MILLE:
+        return piece
+    return msgspec.structs.replace(piece, claims=(UNSEEN_CLAIM,))
+
+
+def _is_idle(claims: tuple[Claim, ...]) -> bool:
+    return all(claim.owner.kind == "idle" for claim in claims)
+
+
+def _held_through(anchor: Anchor, claims: tuple[Claim, ...]) -> tuple[Claim, ...]:
+    """Whose dark time was: of the jobs that held the device since before, by their scheduler."""
+    held = all(
+        claim.allocated
+        and claim.since_unix_ms is not None
+        and claim.since_unix_ms <= anchor.unix_ns // NS_PER_MS
+        for claim in claims
+    )
+    return claims if held and claims else (UNKNOWN_CLAIM,)
+
+
+def _changed_hands(anchor: Anchor, sample: GpuSample, claims: tuple[Claim, ...]) -> bool:
+    """Whether an allocation ended or began within the slice, so that it is of those at its start.
+
+    An edge makes a reading at once: a job that holds the device no more held it until now, and one
+    that has held it for less than half of the slice has it from now on.
+    """
+    before = {_job(claim) for claim in anchor.claims if claim.allocated}
+    now = {_job(claim): claim.since_unix_ms for claim in claims if claim.allocated}
+    if before - now.keys():
+        return True
+    begun = [since for job, since in now.items() if job not in before]
+    if not begun or not anchor.claims:
+        return False
+    middle_ns = anchor.unix_ns + (sample.boot_ns - anchor.boot_ns) // 2
+    return all(since is not None and since * NS_PER_MS > middle_ns for since in begun)
+
+
+def _job(claim: Claim) -> tuple[str | None, str | None]:
+    return (claim.owner.job, claim.owner.attempt)
 
 
 def standing_still(anchor: Anchor, sample: GpuSample, *, dark: bool) -> tuple[str, ...]:
@@ -86,7 +144,11 @@ def reported(reading: GpuSample | DeviceFailure) -> tuple[str, ...]:
 
 
 def halted_slice(anchor: Anchor, boot_ns: int, unix_ns: int, reason: str) -> Slice:
-    """Time that nobody read, on purpose or right after it."""
+    """Time that nobody read, on purpose or right after it.
+
+    Whoever held the device then has it. That nobody did says nothing about the time itself: a pause
+    is made for a program that wants the device.
+    """
     flags = {*anchor.flags, *_stepped(anchor, boot_ns, unix_ns)}
     return Slice(
         device=anchor.device,
@@ -94,7 +156,7 @@ def halted_slice(anchor: Anchor, boot_ns: int, unix_ns: int, reason: str) -> Sli
         start_unix_ns=anchor.unix_ns,
         end_boot_ns=boot_ns,
         end_unix_ns=unix_ns,
-        claims=anchor.claims or (UNKNOWN_CLAIM,),
+        claims=(UNKNOWN_CLAIM,) if _is_idle(anchor.claims) else anchor.claims,
         tier="none",
         micro_cycles={},
         derived=False,
@@ -208,10 +270,9 @@ def _counted(before: Cycles, now: Cycles, absent: dict[str, str]) -> dict[str, i
         if earlier is None or later is None:
             absent.setdefault(f"cycles.{name}", "not_readable_at_both_ends")
             continue
-        delta = counter_delta(earlier, later)
-        if delta.restarted:
+        if later < earlier:  # as `counter_delta` says, without an object for each of ten counters
             return None
-        micro[name] = delta.amount * MICRO
+        micro[name] = (later - earlier) * MICRO
     return micro
 
 

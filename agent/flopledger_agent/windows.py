@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Final
 import msgspec
 
 from flopledger_agent.attribution.interface import Claim, same_owners
+from flopledger_agent.attribution.splitting import record_weights, with_rule
 from flopledger_core.identity import UNATTRIBUTED_OWNER
 from flopledger_core.records import (
     NO_CYCLES,
@@ -44,6 +45,7 @@ CROSS_CHECK_PER_MILLE: Final = 100
 # an edge of the window, the integral has up to a second of the old load in it.
 POWER_AVERAGING_NS: Final = NS_PER_SECOND
 
+NO_ALLOCATION: Final = {"allocated_time": "no_scheduler_source"}
 UNKNOWN_CLAIM: Final = Claim(
     owner=UNATTRIBUTED_OWNER,
     weight=1,
@@ -53,6 +55,12 @@ UNKNOWN_CLAIM: Final = Claim(
     precision_origin="unknown",
     user=None,
     flags=(),
+)
+
+# A process list can be empty because of pid namespaces, or because whoever worked came and went
+# between two readings: such work is nobody's that we know, and not idleness.
+UNSEEN_CLAIM: Final = msgspec.structs.replace(
+    UNKNOWN_CLAIM, evidence="activity without a visible process"
 )
 
 
@@ -138,6 +146,8 @@ class Window(msgspec.Struct, frozen=True, kw_only=True):
     energy_mj: int | None
     clock_khz_ns: int
     power_twice_mw_ns: int | None = None  # sum of the slices'
+    # Percent of the SMs times the time it was told of, of each claim in the order of `ordered`.
+    used_percent_ns: tuple[int, ...] = ()
 
     @property
     def minute(self) -> int:
@@ -185,6 +195,7 @@ def extended(window: Window | None, piece: Slice) -> Window:
     """The window with the slice added; a new one of this slice where there is none."""
     span_ns = piece.end_boot_ns - piece.start_boot_ns
     clock = (piece.sm_clock_khz or 0) * span_ns
+    used = tuple((claim.used_percent or 0) * span_ns for claim in ordered(piece.claims))
     if window is None:
         return Window(
             first=piece,
@@ -193,6 +204,7 @@ def extended(window: Window | None, piece: Slice) -> Window:
             energy_mj=piece.energy_mj,
             clock_khz_ns=clock,
             power_twice_mw_ns=piece.power_twice_mw_ns,
+            used_percent_ns=used,
         )
     power = piece.power_twice_mw_ns
     return Window(
@@ -204,6 +216,9 @@ def extended(window: Window | None, piece: Slice) -> Window:
         energy_mj=None if piece.energy_mj is None else (window.energy_mj or 0) + piece.energy_mj,
         clock_khz_ns=window.clock_khz_ns + clock,
         power_twice_mw_ns=None if power is None else (window.power_twice_mw_ns or 0) + power,
+        used_percent_ns=tuple(
+            before + now for before, now in zip(window.used_percent_ns, used, strict=True)
+        ),
     )
 
 
@@ -214,11 +229,14 @@ def window_records(window: Window) -> list[Closed]:
     end_ms = last.end_boot_ns // NS_PER_MS
     if end_ms == start_ms:
         return []  # shorter than a millisecond: its counts stay below what a record can place
-    claims = sorted(first.claims, key=_claim_order)
+    claims = ordered(first.claims)
     energy = _energy(window)
     if not window.micro_cycles and energy.amount_mj is None:
         return [_gap(window, claims, start_ms, end_ms)]
-    weights = [claim.weight for claim in claims]
+    weights, by_use = record_weights(
+        [claim.weight for claim in claims],
+        window.used_percent_ns if all(claim.used_percent is not None for claim in claims) else (),
+    )
     times = shares(_part(first.device, end_ms) - _part(first.device, start_ms), weights)
     cycles = {
         name: shares(amount // MICRO, weights) for name, amount in window.micro_cycles.items()
@@ -229,8 +247,15 @@ def window_records(window: Window) -> list[Closed]:
     result: list[Closed] = []
     for index, claim in enumerate(claims):
         flags = {*first.flags, *energy.flags, *claim.flags}
+        attribution = claim.attribution(len(claims), sum(weights))
+        absent = energy.absent if claim.allocated else {**energy.absent, **NO_ALLOCATION}
         if len(claims) > 1:
             flags.add("shared")
+            attribution = msgspec.structs.replace(
+                attribution,
+                weight=weights[index],
+                evidence=with_rule(claim.evidence, by_use=by_use),
+            )
         if energy.amount_mj is not None and _is_part(first.device):
             flags.add("apportioned")
         record = UsageRecord(
@@ -239,9 +264,9 @@ def window_records(window: Window) -> list[Closed]:
             start_boot_ms=start_ms,
             end_boot_ms=end_ms,
             owner=claim.owner,
-            attribution=claim.attribution(len(claims), sum(weights)),
+            attribution=attribution,
             gpu_time_ms=times[index],
-            allocated_time_ms=None,
+            allocated_time_ms=end_ms - start_ms if claim.allocated else None,
             wall_time_ms=end_ms - start_ms,
             tier=first.tier,
             precision=claim.precision,
@@ -254,8 +279,8 @@ def window_records(window: Window) -> list[Closed]:
             energy_scope=energy.scope,
             power_integral_mj=None if powers is None else powers[index],
             sm_clock_khz=None if first.sm_clock_khz is None else window.clock_khz_ns // span_ns,
-            uncertain_cycles=_uncertain_cycles(window, claim.weight, sum(weights)),
-            absent=dict(sorted({**energy.absent, "allocated_time": "no_scheduler_source"}.items())),
+            uncertain_cycles=_uncertain_cycles(window, weights[index], sum(weights)),
+            absent=dict(sorted(absent.items())),
             flags=tuple(sorted(flags)),
             user_commitment=None,
         )
@@ -422,7 +447,13 @@ def _dark_gap(
     return Closed(record=record, user=None)
 
 
+def ordered(claims: Sequence[Claim]) -> list[Claim]:
+    """The claims in the order in which remainders are dealt out; one and the same for a window."""
+    return sorted(claims, key=_claim_order)
+
+
 def _claim_order(claim: Claim) -> tuple[str, ...]:
     owner = claim.owner
     parts = (owner.kind, owner.project, owner.model, owner.run, owner.attempt, owner.job)
-    return tuple(part or "" for part in (*parts, owner.activity, claim.precision, claim.user))
+    more = (owner.activity, claim.precision, claim.user, claim.source, claim.precision_origin)
+    return (*(part or "" for part in (*parts, *more)), owner.entity or "", *claim.flags)

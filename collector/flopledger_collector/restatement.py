@@ -17,6 +17,8 @@ from flopledger_core.bounds import ZERO, Bounds, total
 
 METERED_TIERS: Final = frozenset({"gpm_cycles", "gpm_util", "dcgm_pipes", "sm_active", "gpu_util"})
 
+ROUNDINGS_MAX: Final = 8  # FLOP that rounding may move one record's estimate: one a pipe
+
 
 class Restated(msgspec.Struct, frozen=True, kw_only=True):
     """Records with a first estimate by one model and table version, and the same work today."""
@@ -34,6 +36,15 @@ class Restated(msgspec.Struct, frozen=True, kw_only=True):
         """Whether model or table are others than the agents'."""
         first = (self.first_model_version, self.first_table_version)
         return first != (self.model_version, self.table_version)
+
+    @property
+    def is_contradicted(self) -> bool:
+        """Whether estimates of today's own versions are not what these give for the counters.
+
+        Each end of an estimate is rounded for each pipe of its record, by less than one FLOP.
+        """
+        slack = self.records * ROUNDINGS_MAX
+        return not self.is_restated and abs(self.first_flop.central - self.flop.central) > slack
 
     @property
     def difference(self) -> tuple[int, int, int | None]:

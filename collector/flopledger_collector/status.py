@@ -19,7 +19,7 @@ from flopledger_collector.budgets import BudgetEvaluation, evaluate_budget
 from flopledger_collector.instruments.definitions import Instrument, load_instruments
 from flopledger_collector.instruments.evaluation import Assessment, assess
 from flopledger_collector.ledger.position import Position
-from flopledger_collector.ledger.totals import Line, ProjectInfo, Totals
+from flopledger_collector.ledger.totals import MODULE_BOUNDARY, Line, ProjectInfo, Totals
 from flopledger_collector.policies.definitions import HEADLINE_POLICIES, Policy, load_policies
 from flopledger_collector.policies.evaluation import PolicyView, contribution, views
 from flopledger_collector.silence import opened, unlimited
@@ -329,7 +329,7 @@ def project_status(
             evaluate_budget(budget, _budget_use(budget, usage, shared, every_line))
             for budget in budgets
         ),
-        reasons=(*reasons_of(totals.lines, usage, shared), *uncosted(budgets, every_line)),
+        reasons=(*reasons_of(totals.lines, usage, shared), *budget_reasons(budgets, every_line)),
     )
 
 
@@ -350,15 +350,21 @@ def policy_totals(
     )
 
 
-def uncosted(budgets: Iterable[BudgetSet], lines: Iterable[Line]) -> tuple[str, ...]:
-    """Why a cost budget is open: usage whose cost in its currency nobody declared."""
-    chosen = tuple(lines)
+def budget_reasons(budgets: Iterable[BudgetSet], lines: Iterable[Line]) -> tuple[str, ...]:
+    """Why a cost budget is open, and what an energy budget counts beside or without the GPUs."""
+    chosen, budgets = tuple(lines), tuple(budgets)
     currencies = dict.fromkeys(budget.currency for budget in budgets if budget.currency is not None)
-    return tuple(
+    found = [
         f"usage carries no declared cost in {currency}: what was spent is open upwards"
         for currency in currencies
         if _lacks_cost(chosen, currency)
-    )
+    ]
+    if any(budget.quantity == "energy_mj" for budget in budgets):
+        if any(line.energy_boundary == MODULE_BOUNDARY for line in chosen):
+            found.append("an energy budget counts whole modules where their counters read no less")
+        if any(line.is_host for line in chosen):
+            found.append("an energy budget counts the energy of devices, not that of their nodes")
+    return tuple(found)
 
 
 def _lacks_cost(lines: Iterable[Line], currency: str) -> bool:
@@ -366,11 +372,15 @@ def _lacks_cost(lines: Iterable[Line], currency: str) -> bool:
 
 
 def _budget_use(budget: BudgetSet, usage: Usage, shared: Usage, lines: tuple[Line, ...]) -> Bounds:
-    """What a budget is compared with: everything the project used, before any policy."""
+    """What a budget is compared with: everything the project used, before any policy.
+
+    Energy is what the devices' own meters read. At the GPU's boundary a module's counter proves
+    nothing, and a budget on superchips could never be exceeded.
+    """
     if budget.quantity == "flop":
         return usage.work.flop + shared.work.flop
     if budget.quantity == "energy_mj":
-        return usage.energy_mj + shared.energy_mj
+        return usage.device_energy_mj + shared.device_energy_mj
     if budget.quantity == "gpu_time_ms":
         return usage.gpu_time_ms + shared.gpu_time_ms
     currency = budget.currency or ""

@@ -41,6 +41,7 @@ class Usage(msgspec.Struct, frozen=True, kw_only=True):
     work: Work
     model_flop: Bounds  # declared by architecture; never mixed with executed FLOP
     energy_mj: Bounds  # at the GPU's boundary
+    device_energy_mj: Bounds  # by each device's own meter: its GPU's, or its whole module's
     energy_by_boundary: dict[str, Bounds]  # only those that something was read or stated of
     gpu_time_ms: Bounds
     gap_time_ms: int
@@ -81,6 +82,7 @@ def usage_of(lines: Iterable[Line]) -> Usage:
         work=total_work(list(by_activity.values())),
         model_flop=total(model_flop_of(line) for line in chosen),
         energy_mj=total(energy_of(line) for line in chosen),
+        device_energy_mj=total(device_energy_of(line) for line in chosen),
         energy_by_boundary=_by_boundary(chosen),
         gpu_time_ms=total(gpu_time_of(line) for line in chosen),
         gap_time_ms=sum(line.sums.get("gap_time_ms", 0) for line in chosen),
@@ -114,10 +116,18 @@ def energy_of(line: Line) -> Bounds:
     Open where work is declared and its energy is not. Of a counter that reads a whole module, the
     GPU's own part is anything from nothing to all of it.
     """
-    if line.is_host:
-        return ZERO
     if line.energy_boundary == MODULE_BOUNDARY:
         return _at_most(line.energy_mj)
+    return device_energy_of(line)
+
+
+def device_energy_of(line: Line) -> Bounds:
+    """Energy of a line in mJ as the device's own meter reads it, a GPU or a whole module.
+
+    A device has one such meter, so these can be added over devices, as boundaries cannot.
+    """
+    if line.is_host:
+        return ZERO
     return unlimited(line.energy_mj) if leaves_open(line, "energy_mj") else line.energy_mj
 
 
@@ -165,6 +175,7 @@ def possible(usage: Usage) -> Usage:
         work=usage.work.disputed(),
         model_flop=_at_most(usage.model_flop),
         energy_mj=_at_most(usage.energy_mj),
+        device_energy_mj=_at_most(usage.device_energy_mj),
         energy_by_boundary={
             boundary: _at_most(energy) for boundary, energy in usage.energy_by_boundary.items()
         },

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Final, Literal
 import msgspec
 
 from flopledger_core.errors import InvalidInput, UnknownName
-from flopledger_core.units import HZ_PER_MHZ
+from flopledger_core.units import HZ_PER_MHZ, ceil_div
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -28,6 +28,10 @@ PRECISIONS: Final = ("fp64", *TENSOR_FLOAT_PRECISIONS, "int8")
 # A 2:4 sparse figure is twice the dense one. No dense figure of any datasheet lies this far above
 # SMs x rate x clock, so one that does was copied from the wrong column.
 SPARSE_SUSPICION: Final = Fraction(3, 2)
+# NVML's maximum clock is too low on some parts (NVIDIA/cudnn-frontend), and a board draws more than
+# its limit for a while. Bounds allow for both, and validation disputes only what lies beyond.
+CLOCK_TOLERANCE_PER_MILLE: Final = 50
+POWER_TOLERANCE_PER_MILLE: Final = 200
 
 
 class RateSpan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -58,6 +62,11 @@ class Architecture(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     operations_per_cycle_per_sm: dict[str, int]  # integer work, never added to FLOP
     # What the slowest instructions reach at a pipe that reads fully active; else the rate itself.
     slowest_per_cycle_per_sm: dict[str, int] = {}
+    fastest_per_cycle_per_sm: dict[str, int] = {}  # of instructions that do more than the usual one
+    # What no model of it exceeds, where the table's own models do not reach that far.
+    most_sm_count: int = 0
+    most_sm_clock_mhz: int = 0
+    most_power_watts: int = 0
 
     def tensor_rate(self, precision: str) -> int | None:
         """FLOP per SM-cycle of the tensor pipe at a float precision; None where it has none."""
@@ -69,13 +78,13 @@ class Architecture(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         return {name: rate for name, rate in rates.items() if rate is not None}
 
     def spans(self) -> dict[str, RateSpan]:
-        """Each rate by name, with its slowest instructions at the low end."""
+        """Each rate by name, its slowest instructions at the low end, its fastest at the high."""
         rates = self.flop_per_cycle_per_sm | self.operations_per_cycle_per_sm
         return {
             name: RateSpan(
                 low_per_cycle=self.slowest_per_cycle_per_sm.get(name, rate),
                 central_per_cycle=rate,
-                high_per_cycle=rate,
+                high_per_cycle=self.fastest_per_cycle_per_sm.get(name, rate),
             )
             for name, rate in rates.items()
         }
@@ -94,6 +103,7 @@ class Accelerator(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     tensor_clock_mhz: int  # the clock datasheet tensor peaks are quoted at
     core_clock_mhz: int | None = None  # of CUDA-core and FP64 peaks, where not the maximum
     max_sm_clock_mhz: int  # what NVML reports as the highest SM clock
+    most_sm_clock_mhz: int | None = None  # where that is a guess: what bounds are made with
     power_limit_watts: int  # the highest it can be configured to, at the counter's own scope
     module_power_limit_watts: int | None = None  # of CPU, GPU and memory, on Grace parts
     energy_scope: Literal["gpu", "module"] = "gpu"  # what NVML's energy counter covers
@@ -108,13 +118,20 @@ class Accelerator(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     mig_sm_counts: dict[str, int] = {}  # SMs of a GPU instance by its profile's compute slices
 
     def max_sm_cycles(self, time_ms: int) -> int:
-        """The most SM-cycles this device could have run in `time_ms`, all SMs at maximum clock."""
+        """SM-cycles of `time_ms` with all SMs at maximum clock."""
         return self.max_sm_cycles_per_us * HZ_PER_MHZ * time_ms // 1000
 
     @property
     def max_sm_cycles_per_us(self) -> int:
-        """The most SM-cycles of one microsecond: all SMs at maximum clock."""
+        """SM-cycles of one microsecond with all SMs at maximum clock."""
         return (self.most_sm_count or self.sm_count) * self.max_sm_clock_mhz
+
+    @property
+    def most_sm_cycles_per_us(self) -> int:
+        """What bounds take for the most SM-cycles of one microsecond, clock tolerance included."""
+        sms = self.most_sm_count or self.sm_count
+        clock_mhz = self.most_sm_clock_mhz or self.max_sm_clock_mhz
+        return ceil_div(sms * clock_mhz * (1000 + CLOCK_TOLERANCE_PER_MILLE), 1000)
 
     def quoted_clock_mhz(self, name: str) -> int:
         """The clock at which the datasheet quotes the peak of a rate."""
@@ -126,6 +143,11 @@ class Accelerator(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     def max_power_watts(self) -> int:
         """The most that whatever its energy counter covers can draw for long."""
         return max(self.power_limit_watts, self.module_power_limit_watts or 0)
+
+    @property
+    def most_power_watts(self) -> int:
+        """What bounds take for the most power, its tolerance included."""
+        return ceil_div(self.max_power_watts * (1000 + POWER_TOLERANCE_PER_MILLE), 1000)
 
 
 class Resolved(msgspec.Struct, frozen=True, kw_only=True):
@@ -226,7 +248,7 @@ class AcceleratorTable:
         return _resolved(row, architecture, architecture.spans() | row.rate_exceptions)
 
     def _stand_ins(self, name: str) -> Iterable[Resolved]:
-        """The stand-in of an architecture: whatever any of its models has, and no less."""
+        """The stand-in of an architecture: the most of any of its models, in the table or not."""
         rows = [row for row in self.accelerators if row.architecture == name]
         if not rows:
             return
@@ -241,12 +263,19 @@ class AcceleratorTable:
             pci_device_ids=(),
             architecture=name,
             form_factor="unknown",
-            sm_count=max(row.most_sm_count or row.sm_count for row in rows),
+            sm_count=max(
+                architecture.most_sm_count, *(row.most_sm_count or row.sm_count for row in rows)
+            ),
             tensor_clock_mhz=min(row.tensor_clock_mhz for row in rows),
-            max_sm_clock_mhz=max(row.max_sm_clock_mhz for row in rows),
-            power_limit_watts=max(row.max_power_watts for row in rows),
+            max_sm_clock_mhz=max(
+                architecture.most_sm_clock_mhz,
+                *(row.most_sm_clock_mhz or row.max_sm_clock_mhz for row in rows),
+            ),
+            power_limit_watts=max(
+                architecture.most_power_watts, *(row.max_power_watts for row in rows)
+            ),
             memory_mib=max(row.memory_mib for row in rows),
-            source=f"the extremes of the table's {name} rows",
+            source=f"the extremes of {name}",
             datasheet_teraflop_per_second={},
         )
         yield _resolved(row, architecture, spans, in_table=False)

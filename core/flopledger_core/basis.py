@@ -44,6 +44,14 @@ CROSS_CHECK_PER_MILLE: Final = 500
 # Below a thousandth of the elapsed SM-cycles the two are rounding, not work.
 CROSS_CHECK_LEAST_PER_MILLE: Final = 1
 
+# Edges are instants, kept as whole milliseconds: a window may be so much longer than they say.
+EDGE_MS: Final = 1
+# Power limits hold over some tenths of a second: within it a board may draw as much again.
+POWER_EDGE_MS: Final = 100
+# Float tensor work is any tensor minus two other counters; a rule that cuts a device's counters
+# among its sharers rounds each of them by less than one.
+_ROUNDINGS: Final = {"float_tensor": 3}
+
 # Why the part of a partitioned GPU that no instance uses has no cycles: nothing can run there.
 SLICES_NOT_CONFIGURED: Final = "slices_not_configured"
 
@@ -52,9 +60,11 @@ def basis(record: Record) -> dict[str, int]:
     """The record as summable integers by quantity name; zero quantities are left out.
 
     For each work pipe the central SM-cycles, and `<pipe>_deficit`, `<pipe>_excess` for how far
-    the low and high ends lie from it; times and energy under their own names. `gap_time_ms`,
-    `cycles_absent_time_ms` and `energy_absent_time_ms` state conserved time; what may have
-    happened in it is in `cycles_possible_time_ms` and `energy_possible_time_ms`.
+    the low and high ends lie from it; `<pipe>_derived` is the part of it that no counter counted,
+    with `<pipe>_busy_us` for its high end. Times and energy stand under their own names.
+    `gap_time_ms`, `cycles_absent_time_ms` and `energy_absent_time_ms` state conserved time; what
+    may have happened in it is in `cycles_possible_time_ms` and `energy_possible_time_ms`, which
+    are a little longer, as edges are instants and limits of power are means.
     """
     if isinstance(record, UsageRecord):
         sums = _usage_basis(record)
@@ -82,17 +92,18 @@ def basis_of_cycles(  # noqa: PLR0913 (what the cycles are, and how sure each pa
     *,
     counted: bool | None = None,
     uncertain_cycles: int = 0,
-    rounded_cycles: int = 0,
+    shared: bool = False,
 ) -> dict[str, int]:
     """The part of a usage record's basis that its cycles make in `time_ms` of device time.
 
     `counted` tells cycles of counters from derived ones; without it, only `gpm_cycles` counts.
-    `uncertain_cycles` is how far each pipe may lie from the truth, `rounded_cycles` how much of
-    it a rule that cut the device's amount took off.
+    `uncertain_cycles` is how far each pipe may lie from the truth; `shared` says that a rule cut
+    these cycles from the device's, each counter rounded for itself.
     """
     elapsed = cycles.elapsed
     if elapsed is None:
         return {}
+    time_ms += EDGE_MS
     sums = {"elapsed": elapsed, "sm_active": cycles.sm_active or 0, "cycles_time_ms": time_ms}
     if tier == "gpu_util":
         return sums | _coarse(cycles.sm_active or 0, GPU_UTIL_CENTRAL_PER_MILLE, time_ms)
@@ -109,7 +120,7 @@ def basis_of_cycles(  # noqa: PLR0913 (what the cycles are, and how sure each pa
         counted = tier == "gpm_cycles"
     if not counted:
         snapshot = tier == "dcgm_pipes"
-        pipes = _derived(pipes, elapsed, time_ms, rounded_cycles, snapshot=snapshot)
+        pipes = _derived(pipes, elapsed, time_ms, shared=shared, snapshot=snapshot)
     return sums | pipes
 
 
@@ -135,14 +146,13 @@ def tensor_cross_check(cycles: Cycles) -> bool:
 def _usage_basis(record: UsageRecord) -> dict[str, int]:
     window_ms = record.window_ms
     shared = _is_shared(record.attribution)
-    possible_ms = _possible_ms(record.device, window_ms)
     sums = basis_of_cycles(
         record.cycles,
         record.tier,
-        possible_ms,
+        _possible_ms(record.device, window_ms),
         counted=record.cycles_origin == "measured",
         uncertain_cycles=record.uncertain_cycles,
-        rounded_cycles=1 if shared else 0,
+        shared=shared,
     )
     if shared:
         _widen_to_device(sums, record.attribution)
@@ -152,11 +162,11 @@ def _usage_basis(record: UsageRecord) -> dict[str, int]:
     recovered = "recovered" in record.flags
     if record.cycles.elapsed is None:
         sums["cycles_absent_time_ms"] = record.gpu_time_ms
-    unused = record.absent.get("cycles") == SLICES_NOT_CONFIGURED
+    unused = _is_rest(record.device) and record.absent.get("cycles") == SLICES_NOT_CONFIGURED
     # Counters that were reset in the dark and overtook themselves look like counters that
     # ran on: what was counted is certain, that nothing else was is not.
     if recovered or (record.cycles.elapsed is None and not unused):
-        sums["cycles_possible_time_ms"] = possible_ms
+        sums["cycles_possible_time_ms"] = _possible_ms(record.device, window_ms + EDGE_MS)
     _add_energy(sums, record, recovered=recovered)
     _add_first_estimate(sums, record)
     return sums
@@ -164,6 +174,11 @@ def _usage_basis(record: UsageRecord) -> dict[str, int]:
 
 def _is_shared(attribution: Attribution) -> bool:
     return attribution.weight != attribution.weights
+
+
+def _is_rest(device: Device) -> bool:
+    """Whether these are the slices of a partitioned GPU that no instance uses."""
+    return device.slices is not None and device.gpu_instance is None
 
 
 def _possible_ms(device: Device, time_ms: int) -> int:
@@ -178,10 +193,12 @@ def _possible_ms(device: Device, time_ms: int) -> int:
     return min(time_ms, ceil_div(time_ms * device.sm_count, slices.sms_of))
 
 
-def _whole(own: int, attribution: Attribution) -> int:
-    """The most the device's amount may be of which `own` is this owner's share."""
-    # A share was rounded down by less than one.
-    return ceil_div((own + 1) * attribution.weights, attribution.weight)
+def _whole(own: int, attribution: Attribution, roundings: int = 1) -> int:
+    """The most the device's amount may be of which `own` is this owner's share.
+
+    Each of the `roundings` that made the share took off less than one.
+    """
+    return ceil_div((own + roundings) * attribution.weights, attribution.weight)
 
 
 def _widen_to_device(sums: dict[str, int], attribution: Attribution) -> None:
@@ -189,15 +206,16 @@ def _widen_to_device(sums: dict[str, int], attribution: Attribution) -> None:
     if "elapsed" not in sums or "coarse_time_ms" in sums:
         return
     for pipe in WORK_PIPES:
+        if f"{pipe}_busy_us" in sums:
+            continue  # shares of time are the device's already
         central = sums.get(pipe, 0)
         sums[f"{pipe}_deficit"] = central
-        if f"{pipe}_busy_us" not in sums:  # shares of time are the device's already
-            most = central + sums.get(f"{pipe}_excess", 0)
-            sums[f"{pipe}_excess"] = _whole(most, attribution) - central
+        most = central + sums.get(f"{pipe}_excess", 0)
+        sums[f"{pipe}_excess"] = _whole(most, attribution, _ROUNDINGS.get(pipe, 1)) - central
 
 
 def _derived(
-    pipes: dict[str, int], elapsed: int, time_ms: int, rounded_cycles: int, *, snapshot: bool
+    pipes: dict[str, int], elapsed: int, time_ms: int, *, shared: bool, snapshot: bool
 ) -> dict[str, int]:
     """Percentages times a sampled clock: the share of time is sure, the clock between is not.
 
@@ -206,16 +224,20 @@ def _derived(
     moments of its own interval (`snapshot`) does not tell the share of the rest either.
     """
     sums: dict[str, int] = {}
-    whole_us = (time_ms + 1) * US_PER_MS
+    whole_us = time_ms * US_PER_MS
+    least = elapsed - 1 if shared else elapsed  # a share of elapsed may be rounded up
     for pipe in WORK_PIPES:
         central = pipes.get(pipe, 0)
-        most = central + pipes.get(f"{pipe}_excess", 0) + rounded_cycles
-        sums[pipe] = central
-        sums[f"{pipe}_deficit"] = central
-        if snapshot or elapsed <= rounded_cycles:
-            sums[f"{pipe}_busy_us"] = whole_us
-        else:
-            sums[f"{pipe}_busy_us"] = ceil_div(most * whole_us, elapsed - rounded_cycles)
+        most = central + pipes.get(f"{pipe}_excess", 0)
+        if shared:
+            most += _ROUNDINGS.get(pipe, 1)
+        elif most:
+            most += 1  # a share of time became a whole number of cycles
+        sums[pipe] = sums[f"{pipe}_derived"] = central
+        told = not snapshot and least > 0
+        # No pipe is busy for longer than there was time, whatever a record says.
+        busy_us = ceil_div(most * whole_us, least) if told else whole_us
+        sums[f"{pipe}_busy_us"] = min(busy_us, whole_us)
     return sums
 
 
@@ -236,13 +258,17 @@ def _tensor_basis(cycles: Cycles, elapsed: int, uncertain_cycles: int) -> dict[s
         any_low = any_central = any_high = cycles.any_tensor
     imma_high = any_high if cycles.imma is None else imma
     # FP64 work is in DMMA on one architecture and in DFMA on another: one alone does not tell.
-    fp64_high = fp64_tensor if len(fp64_known) == len(("dmma", "dfma")) else any_high
-    fp64_high = max(fp64_high, fp64_tensor)
+    # That both read the same work is likely and not documented: they may also add up.
+    fp64_high = max(any_high, fp64_tensor)
+    if len(fp64_known) == len(("dmma", "dfma")):
+        fp64_high = min(fp64_high, sum(fp64_known))
     central = max(0, any_central - imma - fp64_tensor)
     # Each counter in the difference may be off; where one is absent its whole range is in already.
     low = max(0, any_low - imma_high - fp64_high - 3 * uncertain_cycles)
-    # Pipes may overlap in time: what HMMA counted is possible whatever the difference says.
-    high = max(central, hmma, any_high - imma - fp64_tensor) + 3 * uncertain_cycles
+    # Pipes may overlap in time: what HMMA counted is possible whatever the difference says, and
+    # without it the whole of any tensor's.
+    overlap = any_high if cycles.hmma is None else hmma
+    high = max(central, overlap, any_high - imma - fp64_tensor) + 3 * uncertain_cycles
     return {
         "float_tensor": central,
         "float_tensor_deficit": central - min(low, central),
@@ -274,10 +300,10 @@ def _add_energy(sums: dict[str, int], record: UsageRecord, *, recovered: bool) -
     Sampled power misses what happens between samples: nothing to the power limit all along.
     """
     window_ms, energy_mj = record.window_ms, record.energy_mj
-    possible_ms = window_ms if recovered else 0
+    possible_ms = _drawing_ms(window_ms) if recovered else 0
     if energy_mj is None:
         sums["energy_absent_time_ms"] = record.gpu_time_ms
-        sums["energy_possible_time_ms"] = window_ms
+        sums["energy_possible_time_ms"] = _drawing_ms(window_ms)
         return
     sums["energy_module_mj" if record.energy_scope == "module" else "energy_mj"] = energy_mj
     shared = _is_shared(record.attribution)
@@ -286,17 +312,22 @@ def _add_energy(sums: dict[str, int], record: UsageRecord, *, recovered: bool) -
     apportioned = "apportioned" in record.flags or part
     if record.energy_origin == "power_integral":
         sums["energy_deficit_mj"] = sums["energy_integral_mj"] = energy_mj
-        sums["energy_integral_time_ms"] = window_ms
+        sums["energy_integral_time_ms"] = _drawing_ms(window_ms)
     elif shared or apportioned:
         whole = _whole(energy_mj, record.attribution) if shared else energy_mj
         if apportioned:
             if slices is None or slices.count == 0:
-                possible_ms = window_ms  # of nothing, the whole cannot be told
+                possible_ms = _drawing_ms(window_ms)  # of nothing, the whole cannot be told
             else:  # a part lags its share of the whole by less than its own slices
                 whole = ceil_div((whole + slices.count) * slices.of_count, slices.count)
         sums["energy_deficit_mj"] = energy_mj
         sums["energy_excess_mj"] = whole - energy_mj
     sums["energy_possible_time_ms"] = possible_ms
+
+
+def _drawing_ms(window_ms: int) -> int:
+    """Time at the power limit that covers whatever a board draws in a window of this length."""
+    return window_ms + EDGE_MS + min(window_ms, POWER_EDGE_MS)
 
 
 def _add_first_estimate(sums: dict[str, int], record: UsageRecord) -> None:
@@ -325,11 +356,14 @@ def _gap_basis(record: GapRecord) -> dict[str, int]:
     start_ms = record.start_unix_ms if record.start_boot_ms is None else record.start_boot_ms
     slices, end_ms = record.device.slices, start_ms + record.gap_ms
     own_ms = record.gap_ms if slices is None else slices.part(end_ms) - slices.part(start_ms)
-    unused = record.reason == SLICES_NOT_CONFIGURED
+    unused = record.reason == SLICES_NOT_CONFIGURED and _is_rest(record.device)
+    if "recovered" in record.flags:
+        unused = False  # nobody watched: they may have been configured in between
+    possible_ms = _possible_ms(record.device, record.gap_ms + EDGE_MS)
     return {
         "gap_time_ms": own_ms,
-        "cycles_possible_time_ms": 0 if unused else _possible_ms(record.device, record.gap_ms),
-        "energy_possible_time_ms": record.gap_ms,
+        "cycles_possible_time_ms": 0 if unused else possible_ms,
+        "energy_possible_time_ms": _drawing_ms(record.gap_ms),
     }
 
 

@@ -66,8 +66,8 @@ def energy_bounds(sums: Mapping[str, int], accelerator: Accelerator | Resolved |
         return Bounds(low=low, central=known, high=None)
     row = accelerator.accelerator if isinstance(accelerator, Resolved) else accelerator
     integral = sums.get("energy_integral_mj", 0)
-    high += max(integral, integral_ms * row.max_power_watts) - integral
-    return Bounds(low=low, central=known, high=high + dark_ms * row.max_power_watts)
+    high += max(integral, integral_ms * row.most_power_watts) - integral
+    return Bounds(low=low, central=known, high=high + dark_ms * row.most_power_watts)
 
 
 def host_energy_bounds(sums: Mapping[str, int], boundary: HostBoundary) -> Bounds:

@@ -26,7 +26,7 @@ from flopledger_core.basis import (
 )
 from flopledger_core.bounds import ZERO, Bounds, exactly, total
 from flopledger_core.records import Estimate
-from flopledger_core.units import HZ_PER_MHZ, floor_div
+from flopledger_core.units import HZ_PER_MHZ, US_PER_MS, floor_div
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -201,7 +201,8 @@ class _Ends(NamedTuple):
 _NOTHING: Final = _Ends(0, 0, 0)
 # The names of a pipe's sums, made once: this is the innermost loop of every total.
 _SUMS_OF: Final = {
-    pipe: (pipe, f"{pipe}_deficit", f"{pipe}_excess", f"{pipe}_busy_us") for pipe in WORK_PIPES
+    pipe: (pipe, f"{pipe}_deficit", f"{pipe}_excess", f"{pipe}_derived", f"{pipe}_busy_us")
+    for pipe in WORK_PIPES
 }
 
 
@@ -214,12 +215,12 @@ class _Operations:
         self._precision = precision
         row = device.accelerator
         self._ceilings = row.ceiling_tera_per_second
-        self._fastest = row.max_sm_cycles_per_us
+        self._fastest = row.most_sm_cycles_per_us
         dark_ms = sums.get(_DARK_TIME, 0)
         # Something ran, or was allocated, in this time: clock and pipes are anybody's guess.
         coarse_ms = sums.get("coarse_time_ms", 0) + sums.get("hours_time_ms", 0)
-        self._dark = row.max_sm_cycles(dark_ms) if dark_ms else 0
-        self._unseen = row.max_sm_cycles(coarse_ms) if coarse_ms else 0
+        self._dark = dark_ms * US_PER_MS * self._fastest
+        self._unseen = coarse_ms * US_PER_MS * self._fastest
 
     def tensor_flop(self) -> _Ends:
         """Floating-point work of the tensor pipes, FP64 included."""
@@ -254,16 +255,16 @@ class _Operations:
     def _pipe(self, pipe: str, span: RateSpan, guess: int = 0, *, one_sided: bool = False) -> _Ends:
         """Operations of one pipe: counted, and whatever dark or unseen time may have held."""
         get = self._sums.get
-        counted, short, over, busy = _SUMS_OF[pipe]
+        counted, short, over, made, busy = _SUMS_OF[pipe]
         central, excess, busy_us = get(counted, 0), get(over, 0), get(busy, 0)
         if not (central or excess or busy_us or self._dark or self._unseen):
             return _NOTHING
-        deficit = get(short, 0)
+        derived = get(made, 0)
         most = central + excess + self._dark
         if busy_us:
-            most += max(0, busy_us * self._fastest - deficit)
+            most += max(0, busy_us * self._fastest - derived)
         return _Ends(
-            0 if one_sided else (central - deficit) * span.low_per_cycle,
+            0 if one_sided else (central - derived - get(short, 0)) * span.low_per_cycle,
             central * span.central_per_cycle + guess,
             most * span.high_per_cycle + max(guess, self._unseen * span.high_per_cycle),
         )

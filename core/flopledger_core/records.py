@@ -51,7 +51,15 @@ PeakBasis = Literal[
     "dense_at_datasheet_clock",
 ]
 AttributionSource = Literal[
-    "tag", "environment", "scheduler", "idle", "none", "import", "declaration"
+    "tag",
+    "environment",
+    "scheduler",
+    "rule",
+    "default",
+    "idle",
+    "none",
+    "import",
+    "declaration",
 ]
 
 TIERS: Final[tuple[str, ...]] = get_args(Tier)
@@ -63,6 +71,8 @@ FLAGS: Final[dict[str, str]] = {
     "shared": "several owners held the device; the split is a rule, not a measurement",
     "clock_stepped": "wall time stepped inside the window; durations come from boot time",
     "invalid_tag": "a tag was refused as an id and ignored",
+    "tag_conflict": "a tag contradicted what the scheduler says of the job; the scheduler won",
+    "outside_allocation": "a process used the device outside the job that the scheduler gave it to",
     "apportioned": "energy of the whole device, cut by a rule: no counter reads it for the part",
     "energy_cross_check": "the energy counter and integrated power differ by more than a tenth",
     "tensor_cross_check": "the tensor pipes do not add up to the counter of any tensor work",

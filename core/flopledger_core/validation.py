@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Final
 
 import msgspec
 
+from flopledger_core.accelerators import POWER_TOLERANCE_PER_MILLE
 from flopledger_core.energy import HOST_POWER_LIMIT_WATTS
 from flopledger_core.flop import FLOP_MODEL_VERSION, estimate
 from flopledger_core.records import Device, GapRecord, HostRecord, UsageRecord
-from flopledger_core.units import ceil_div
+from flopledger_core.units import US_PER_MS, ceil_div
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -23,12 +24,11 @@ if TYPE_CHECKING:
     from flopledger_core.accelerators import Accelerator, AcceleratorTable
     from flopledger_core.batch import SealedBatch
 
-# A window's edges are instants of sampling; counters are read some time around them, and NVML's
-# maximum clock is known to be too low on some parts, its energy counter to lag by 100 ms. A window
-# shorter than this is allowed as much again.
+# A window's edges are instants of sampling; counters are read some time around them. A window
+# shorter than this is allowed as much again, but never less than the counters' own steps: GPM and
+# the energy counter move every 100 ms, so a window of one millisecond may show two such steps.
 EDGE_TOLERANCE_MS: Final = 1_000
-CLOCK_TOLERANCE_PER_MILLE: Final = 50
-POWER_TOLERANCE_PER_MILLE: Final = 200  # short excursions above the enforced limit are real
+COUNTER_STEPS_MS: Final = 200
 # Findings that tell of a mistake in what the agent said beside its counters, which stay good.
 NOTED_CODES: Final = frozenset({"estimate_differs"})
 
@@ -72,11 +72,10 @@ def elapsed_within_clock(batch: SealedBatch, table: AcceleratorTable) -> Iterato
             continue
         found = sum(record.cycles.elapsed or 0 for record in window.records)
         time_ms = window.length_ms + _edge_ms(window)
-        limit = row.max_sm_cycles(time_ms)
+        limit = row.most_sm_cycles_per_us * US_PER_MS * time_ms
         slices, own_sms = window.device.slices, window.device.sm_count
         if slices is not None and slices.sms_of is not None and own_sms is not None:
             limit = min(limit, ceil_div(limit * own_sms, slices.sms_of))
-        limit += limit * CLOCK_TOLERANCE_PER_MILLE // 1000
         limit += sum(record.uncertain_cycles for record in window.records)
         if found > limit:
             yield from window.findings(
@@ -93,9 +92,8 @@ def energy_within_power(batch: SealedBatch, table: AcceleratorTable) -> Iterator
         if row is None:
             continue
         found = sum(record.energy_mj or 0 for record in window.records)
-        module = any(record.energy_scope == "module" for record in window.records)
-        watts = row.max_power_watts if module else row.power_limit_watts
-        limit = watts * (window.length_ms + _edge_ms(window))
+        # Of a superchip whose counter's scope nobody confirmed, the module's limit is the limit.
+        limit = row.max_power_watts * (window.length_ms + _edge_ms(window))
         slices = window.device.slices
         if slices is not None:
             limit = ceil_div(limit * slices.count, slices.of_count) + slices.of_count
@@ -336,7 +334,9 @@ def _row(device: Device, table: AcceleratorTable) -> Accelerator | None:
 
 def _edge_ms(window: _Window) -> int:
     """The tolerance at a window's edges: none where there is no time at all, once per window."""
-    return min(EDGE_TOLERANCE_MS, window.length_ms)
+    if not window.length_ms:
+        return 0
+    return max(COUNTER_STEPS_MS, min(EDGE_TOLERANCE_MS, window.length_ms))
 
 
 def _usage(batch: SealedBatch) -> Iterator[tuple[int, UsageRecord]]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import msgspec
+
 from flopledger_agent.attribution.interface import Claim
 from flopledger_agent.gpus.interface import DeviceFailure, GpuSample, NodeSample
 from flopledger_core.identity import IDLE_OWNER, Owner
@@ -11,6 +13,8 @@ from flopledger_core.records import Cycles, Device
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
+
+    from flopledger_agent.attribution.interface import DeviceReading
 
 SECOND_NS = 1_000_000_000
 BOOT_NS = 50 * SECOND_NS
@@ -44,6 +48,11 @@ def cycles(elapsed: int, tensor: int = 0) -> Cycles:
     """Cumulative counters of a device that only multiplies matrices."""
     return Cycles(elapsed=elapsed, sm_active=elapsed, any_tensor=tensor, hmma=tensor, imma=0,
                   dmma=0, dfma=0, fp64=0, fp32=0, fp16=0, integer=0)  # fmt: skip
+
+
+def resting(elapsed: int) -> Cycles:
+    """Cumulative counters of a device that never did anything."""
+    return msgspec.structs.replace(cycles(elapsed), sm_active=0)
 
 
 def sample(
@@ -108,9 +117,11 @@ class FixedAttributor:
     def __init__(self, *claims: Claim) -> None:
         self.now = claims or (claim(),)
 
-    def claims(self, processes: tuple[int, ...] | None) -> tuple[Claim, ...]:
+    def claims(
+        self, processes: tuple[int, ...] | None, reading: DeviceReading | None = None
+    ) -> tuple[Claim, ...]:
         """Whatever the test set."""
-        del processes
+        del processes, reading
         return self.now
 
     def close(self) -> None:

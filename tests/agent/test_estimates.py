@@ -10,8 +10,10 @@ import pytest
 from flopledger_agent.config import parse_config
 from flopledger_agent.disk import MemoryDisk
 from flopledger_agent.errors import ConfigError
+from flopledger_agent.estimates import with_estimate
+from flopledger_agent.windows import Closed
 from flopledger_core.flop import estimate
-from flopledger_core.records import Device, Precision
+from flopledger_core.records import Cycles, Device, Precision, UsageRecord
 from tests.agent.sampling import FixedAttributor, claim
 from tests.agent.test_loop import TABLE, Node
 
@@ -36,6 +38,24 @@ def test_records_carry_their_first_estimate() -> None:
         assert record.estimate == estimate(bare, TABLE)
         assert record.estimate.assumed_precision == "bf16"
         assert "flop" not in record.absent
+
+
+@pytest.mark.parametrize(("hmma", "flags"), [(900, ()), (10, ("tensor_cross_check",))])
+def test_tensor_counters_that_do_not_add_up_are_flagged(hmma: int, flags: tuple[str, ...]) -> None:
+    """HMMA far below what any-tensor activity leaves to it is said, and changes no amount."""
+    place = Node(MemoryDisk())
+    agent = place.agent()
+    place.tick(agent, 3)
+    agent.stop()
+    (record,) = place.usage()
+    cycles = Cycles(elapsed=2000, sm_active=1500, any_tensor=1000, hmma=hmma, imma=50, dmma=0,
+                    dfma=0, fp64=0, fp32=0, fp16=0, integer=0)  # fmt: skip
+    bare = msgspec.structs.replace(record, cycles=cycles, estimate=None, flags=())
+    sealed = with_estimate(Closed(record=bare, user=None), TABLE).record
+
+    assert isinstance(sealed, UsageRecord)
+    assert sealed.flags == flags
+    assert sealed.cycles == cycles
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,17 @@ from flopledger_agent.metering import (
 )
 from flopledger_agent.windows import shares
 from flopledger_core.records import GapRecord, UsageRecord
-from tests.agent.sampling import BOOT_NS, GPU, SECOND_NS, UNIX_NS, claim, cycles, node, sample
+from tests.agent.sampling import (
+    BOOT_NS,
+    GPU,
+    SECOND_NS,
+    UNIX_NS,
+    claim,
+    cycles,
+    node,
+    resting,
+    sample,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -72,7 +82,7 @@ def test_windows_split_where_owners_change() -> None:
     second = SECOND_NS
     state = run([
         (0, sample(0, cycles(0), 0), (IDLE,)),
-        (second, sample(second, cycles(10), 1), (IDLE,)),
+        (second, sample(second, resting(10), 1), (IDLE,)),
         (2 * second, sample(2 * second, cycles(30), 4), (ATLAS,)),
         (3 * second, sample(3 * second, cycles(60), 9), (ATLAS,)),
     ])  # fmt: skip
@@ -168,7 +178,33 @@ def test_a_reboot_leaves_a_gap_from_the_last_reading() -> None:
     assert isinstance(gap, GapRecord)
     assert gap.gap_ms == 90_000
     assert gap.start_boot_ms is None
-    assert resumed.devices == {}
+    assert not bridging(resumed)
+
+
+def test_a_device_that_never_comes_back_after_a_reboot_is_still_missed() -> None:
+    """From the agent's start on it is dark until it answers: no second falls between the two."""
+    state = empty_state("boot-1")
+    state, _ = observe(
+        state, node(0, sample(0, cycles(0), 0)), {GPU.key: (ATLAS,)}, tick_ns=SECOND_NS
+    )
+    resumed = resume(state, "boot-2", BOOT_NS + 90 * SECOND_NS, UNIX_NS + 90 * SECOND_NS)
+    gone = DeviceFailure(device=GPU, reason="device_missing")
+    late, _ = observe(resumed, node(3700 * SECOND_NS, failures=(gone,)), {}, tick_ns=SECOND_NS)
+    back, _ = observe(resumed, node(93 * SECOND_NS, sample(93 * SECOND_NS, cycles(5), 9)),
+                      {GPU.key: (ATLAS,)}, tick_ns=SECOND_NS)  # fmt: skip
+    for state, reason, gap_ms in ((late, "device_missing", 3_610_000), (back, "dark_time", 3_000)):
+        _, gap = records_of(close_windows(state).closed)
+        assert isinstance(gap, GapRecord)
+        assert (gap.reason, gap.gap_ms, gap.owner.kind) == (reason, gap_ms, "unattributed")
+
+
+def bridging(state: MeterState) -> bool:
+    """Whether anything could be counted across to the next sample."""
+    return any(
+        (device.anchor.cycles, device.anchor.energy_mj, device.anchor.energy_counter_mj)
+        != (None, None, None)
+        for device in state.devices.values()
+    )
 
 
 def test_a_wall_clock_step_is_flagged_and_durations_keep() -> None:
@@ -304,7 +340,7 @@ def test_another_boot_is_never_bridged(boot_id: str, now_boot_ns: int) -> None:
     )
     resumed = resume(state, boot_id, now_boot_ns, UNIX_NS + 60 * SECOND_NS)
 
-    assert resumed.devices == {}
+    assert not bridging(resumed)
     assert [type(record) for record in records_of(resumed.closed)] == [GapRecord]
 
 
@@ -315,7 +351,7 @@ def test_a_boot_without_an_id_is_never_bridged() -> None:
         state, node(0, sample(0, cycles(0), 0)), {GPU.key: (ATLAS,)}, tick_ns=SECOND_NS
     )
 
-    assert resume(state, "unknown", BOOT_NS + SECOND_NS, UNIX_NS + SECOND_NS).devices == {}
+    assert not bridging(resume(state, "unknown", BOOT_NS + SECOND_NS, UNIX_NS + SECOND_NS))
 
 
 def test_boot_time_that_goes_back_while_running_leaves_a_gap_and_goes_on() -> None:

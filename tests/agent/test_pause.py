@@ -11,14 +11,14 @@ import threading
 import urllib.request
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flopledger_agent import inspection
+from flopledger_agent import daemon, inspection
 from flopledger_agent.control import Control, ControlAnswer, ControlRequest, NotCarriedOut, tell
 from flopledger_agent.disk import MemoryDisk
 from flopledger_agent.pauses import PAUSE_FILE, PAUSE_MAX_MS, PauseDesk, parse_duration
@@ -255,7 +255,13 @@ def command(*arguments: str) -> subprocess.CompletedProcess[str]:
     )  # fmt: skip
 
 
-def test_the_command_pauses_a_running_agent_at_once(tmp_path: Path) -> None:
+def _not_now(*_arguments: object) -> NoReturn:
+    raise AssertionError("the driver was opened while metering was paused")
+
+
+def test_the_command_pauses_a_running_agent_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """It returns when the driver is free; the socket, `check` and the page say who and how long."""
     built, stop = make(tmp_path, speed="1")
     told: list[subprocess.CompletedProcess[str]] = []
@@ -280,7 +286,12 @@ def test_the_command_pauses_a_running_agent_at_once(tmp_path: Path) -> None:
             r"^flopledger_agent_pause_remaining_seconds (\S+)$", page, re.MULTILINE
         )
         assert 590 < float(left) <= 600
-        assert f"paused by {status.by} until" in inspection._metering(Path(path))
+        with monkeypatch.context() as patch:
+            patch.setattr(daemon, "gpu_source", _not_now)
+            looked = inspection._inspected(built._config, built._clock, None)
+        assert f"paused by {status.by} until" in looked.metering
+        assert "the driver was left alone" in inspection.as_lines(looked)[1]
+        assert looked.can_meter
         told.append(command("resume", "--socket", path))
         wait_until(lambda: (sample := built._loop.view.sample) and sample.samples)
 

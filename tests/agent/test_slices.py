@@ -12,8 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flopledger_agent.gpus.interface import DeviceFailure
-from flopledger_agent.metering import close_windows, empty_state, observe
-from tests.agent.sampling import GPU, SECOND_NS, cycles, node, sample
+from flopledger_agent.metering import close_windows, empty_state, halt, observe
+from flopledger_core.records import GapRecord
+from tests.agent.sampling import GPU, SECOND_NS, cycles, node, resting, sample
 from tests.agent.test_metering import ATLAS, BIRCH, IDLE, run, usage_of
 
 if TYPE_CHECKING:
@@ -268,3 +269,62 @@ def test_a_suspended_node_is_dark_not_idle() -> None:
     assert asleep.owner.kind == "unattributed"
     assert asleep.power_integral_mj is None
     assert asleep.gpu_time_ms == 1_799_000
+
+
+# --- work that nobody is seen to do ----------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("active", "kind"), [(0, "idle"), (1000, "idle"), (1001, "unattributed"), (1, "idle")]
+)
+def test_activity_without_a_visible_process_is_not_idleness(active: int, kind: str) -> None:
+    """More than a thousandth of the cycles, of any pipe: somebody worked, and nobody knows who."""
+    after = msgspec.structs.replace(resting(1_000_000), integer=active)
+    state = run([
+        (0, sample(0, resting(0), 0), (IDLE,)),
+        (SECOND_NS, sample(SECOND_NS, after, 7), (IDLE,)),
+    ])  # fmt: skip
+    (record,) = usage_of(state)
+
+    assert (record.owner.kind, record.energy_mj, record.cycles.integer) == (kind, 7, active)
+    assert (record.attribution.evidence == "activity without a visible process") == (kind != "idle")
+
+
+@pytest.mark.parametrize(("percent", "kind"), [(0, "idle"), (1, "unattributed")])
+def test_the_coarse_tier_sees_work_without_a_process_too(percent: int, kind: str) -> None:
+    """One hundredth of utilisation is work."""
+    readings = [
+        msgspec.structs.replace(
+            sample(at_ns, None, at_ns // 10**7), tier="gpu_util", sm_clock_khz=1_000_000,
+            utilization={"sm_active": Fraction(percent, 100)},
+        )
+        for at_ns in (0, SECOND_NS)
+    ]  # fmt: skip
+    state = run([(n * SECOND_NS, reading, (IDLE,)) for n, reading in enumerate(readings)])
+    (record,) = usage_of(state)
+
+    assert (record.owner.kind, record.tier) == (kind, "gpu_util")
+
+
+def test_a_visible_process_keeps_its_work() -> None:
+    """The rule is for devices on which nobody is seen."""
+    state = run([
+        (0, sample(0, cycles(0), 0), (ATLAS,)),
+        (SECOND_NS, sample(SECOND_NS, cycles(1000, 500), 7), (ATLAS,)),
+    ])  # fmt: skip
+    assert [record.owner.project for record in usage_of(state)] == ["atlas"]
+
+
+@pytest.mark.parametrize(("claims", "owner"), [((IDLE,), None), ((ATLAS,), "atlas")])
+def test_a_pause_hides_no_work_as_idleness(claims: tuple[Claim, ...], owner: str | None) -> None:
+    """Nobody was on the device when metering stopped, and somebody wanted it: nobody knows who."""
+    state, _ = observe(empty_state("b"), node(0, sample(0, resting(0))), {GPU.key: claims},
+                       tick_ns=SECOND_NS)  # fmt: skip
+    failure = DeviceFailure(device=GPU, reason="paused")
+    state, _ = observe(halt(state, "paused"), node(30 * SECOND_NS, failures=(failure,)), {},
+                       tick_ns=SECOND_NS)  # fmt: skip
+    (gap,) = [item.record for item in close_windows(state).closed]
+
+    assert isinstance(gap, GapRecord)
+    assert (gap.gap_ms, gap.reason, gap.owner.project) == (30_000, "paused", owner)
+    assert gap.owner.kind == ("unattributed" if owner is None else "attributed")

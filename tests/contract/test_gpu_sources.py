@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING
 import pytest
 
 from flopledger_agent.config import DcgmSection
-from flopledger_agent.gpus import ladder, replay, source
+from flopledger_agent.gpus import ladder, replay, source, supervisor
 from flopledger_agent.gpus.ladder import LadderSource, freshness_of
 from flopledger_agent.gpus.replay import ReplaySource
 from flopledger_core.accelerators import load_table
 from flopledger_core.records import CYCLE_FIELDS, TIERS
 from tests.agent.gpus.exporter import TENSOR, ScriptedExporter, render
+from tests.agent.gpus.inline_worker import inline_node
 from tests.agent.gpus.nodes import PHASE, node, scenario
 from tests.agent.sampling import SECOND_NS
 
@@ -78,7 +79,19 @@ def ladder_source(name: str) -> Iterator[tuple[GpuSource, Callable[[], NodeSampl
         yield above, tick
 
 
-SOURCES = {"LadderSource": ladder_source, "NvmlSource": nvml_source, "ReplaySource": replay_source}
+@contextmanager
+def supervised_source(name: str) -> Iterator[tuple[GpuSource, Callable[[], NodeSample]]]:
+    """The binding in a worker, behind messages."""
+    with inline_node(SCENARIOS[name]) as it:
+        yield it.source, it.tick
+
+
+SOURCES = {
+    "LadderSource": ladder_source,
+    "NvmlSource": nvml_source,
+    "ReplaySource": replay_source,
+    "SupervisedSource": supervised_source,
+}
 
 
 @pytest.fixture(
@@ -100,7 +113,7 @@ def test_every_source_is_in_this_suite() -> None:
     """A new implementation is added here or fails here."""
     found = {
         name
-        for module in (ladder, source, replay)
+        for module in (ladder, source, replay, supervisor)
         for name, kind in inspect.getmembers(module, inspect.isclass)
         if kind.__module__ == module.__name__ and hasattr(kind, "sample") and hasattr(kind, "close")
     }

@@ -72,6 +72,12 @@ def _architecture(name: str, architecture: Architecture) -> Iterator[str]:
     yield ""
     yield f"{_plain(architecture.source)}."
     yield ""
+    most = (architecture.most_sm_count, architecture.most_sm_clock_mhz)
+    yield (
+        f"No model of it is taken to exceed {most[0]} SMs, {most[1]} MHz and "
+        f"{architecture.most_power_watts} W."
+    )
+    yield ""
     yield "| rate | per SM and cycle |"
     yield "|---|---|"
     for rate, span in architecture.spans().items():
@@ -98,6 +104,8 @@ def _model(row: Accelerator) -> str:
         power += f" (module: {row.module_power_limit_watts})"
     core = row.core_clock_mhz or row.max_sm_clock_mhz
     clocks = f"{row.tensor_clock_mhz} / {core} / {row.max_sm_clock_mhz}"
+    if row.most_sm_clock_mhz is not None:
+        clocks += f" (bounds: {row.most_sm_clock_mhz})"
     ids = ", ".join(row.pci_device_ids) or "none known"
     return (
         f"| {row.key} | {row.architecture} | {row.form_factor} | {sms} | {clocks} | {power} "

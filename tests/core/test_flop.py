@@ -96,7 +96,7 @@ def test_cuda_core_work_is_an_upper_bound() -> None:
     result = flop_of(usage(cycles=cycles))
 
     assert result.flop == Bounds(low=0, central=25_600, high=25_600)
-    assert result.integer_operations == Bounds(low=0, central=1280, high=1280)
+    assert result.integer_operations == Bounds(low=0, central=1280, high=6400)
 
 
 def test_an_absent_integer_pipe_widens_and_never_reads_as_zero() -> None:
@@ -136,7 +136,7 @@ def test_a_gap_contributes_from_zero_to_the_peak() -> None:
     assert result.low == result.central == 0
     assert result.high is not None
     assert result.high >= H100_ROW.max_sm_cycles(60_000) * 8192
-    assert energy == Bounds(low=0, central=0, high=700 * 60_000)
+    assert energy == Bounds(low=0, central=0, high=840 * 60_101)  # a fifth above the limit
 
 
 def test_an_unknown_device_has_no_flop_and_an_open_bound() -> None:
@@ -286,29 +286,41 @@ def test_geforce_half_rate_is_the_low_and_central_value() -> None:
 
 
 @pytest.mark.parametrize(("busy", "expected"), [(0, 0), (100, 1024), (4, 1024)])
-def test_h20_is_uncalibrated_and_never_above_its_sheet(busy: int, expected: int) -> None:
-    """Whatever active means there: from nothing up to full rates, capped at 148 TFLOP/s."""
+def test_h20_is_uncalibrated_and_never_above_its_ceiling(busy: int, expected: int) -> None:
+    """Whatever active means there: up to full rates, capped at the sheet's peak at full clock."""
     elapsed = 78 * 1830 * 10**6 * 60
     active = elapsed * busy // 100
     found = Cycles(elapsed=elapsed, sm_active=elapsed, any_tensor=active, hmma=active, imma=0,
                    dmma=0, dfma=0, fp64=0, fp32=0, fp16=0, integer=0)  # fmt: skip
     result = work_on("H20", usage(cycles=found)).flop
-    sheet = 148 * 10**12 * 60
+    ceiling = 1602 * 10**8 * 60_001
 
     assert result.low == 0
     assert result.central == active * expected
     assert result.high is not None
-    assert min(active * 4096, sheet) <= result.high <= sheet + 1
+    assert min(active * 4096, ceiling) <= result.high <= ceiling + 1
     assert active * 1024 <= result.high
     assert (result.high == active * 4096) == (busy <= 4)
 
 
-def test_h20_in_the_dark_could_have_reached_its_sheet_and_no_more() -> None:
-    """The ceiling holds for time nobody metered too; FP8 has the sheet's highest."""
+def test_h20_in_the_dark_could_have_reached_its_ceiling_and_no_more() -> None:
+    """The ceiling holds for time nobody metered too; FP8 has the highest."""
     dark = usage(tier="none", cycles=Cycles(), cycles_origin="absent")
 
-    assert work_on("H20", dark).flop_tensor.high == (148 * 10**12 + 15 * 10**11) * 60 + 2
-    assert work_on("H20", dark, None).flop_tensor.high == (296 * 10**12 + 15 * 10**11) * 60 + 2
+    assert work_on("H20", dark).flop_tensor.high == (1602 + 15) * 10**8 * 60_001 + 2
+    assert work_on("H20", dark, None).flop_tensor.high == (3203 + 15) * 10**8 * 60_001 + 2
+
+
+def test_h20_at_full_clock_lies_below_its_ceiling() -> None:
+    """A quarter of Hopper's rates at 1,980 MHz is more than the sheet, and still possible."""
+    elapsed = 78 * 1980 * 10**6 * 60
+    found = Cycles(elapsed=elapsed, sm_active=elapsed, any_tensor=elapsed, hmma=elapsed, imma=0,
+                   dmma=0, dfma=0, fp64=0, fp32=0, fp16=0, integer=0)  # fmt: skip
+    result = work_on("H20", usage(cycles=found)).flop_tensor
+
+    assert result.central == elapsed * 1024 > 148 * 10**12 * 60
+    assert result.high is not None
+    assert result.high >= result.central
 
 
 def test_h800_double_precision_is_cut_to_its_sheet() -> None:
@@ -317,7 +329,7 @@ def test_h800_double_precision_is_cut_to_its_sheet() -> None:
     result = work_on("H800 SXM", usage(cycles=found)).flop_cores
 
     assert (result.low, result.central) == (0, ELAPSED * 4)
-    assert result.high == 15 * 10**11 * 60 + 1
+    assert result.high == 15 * 10**8 * 60_001 + 1
 
 
 @given(st.sampled_from(TABLE.accelerators), usages())

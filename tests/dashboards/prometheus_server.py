@@ -31,13 +31,26 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def wait_for(what: str, attempt: Callable[[], _Answer | None], seconds: float) -> _Answer:
-    """The first answer that is neither None nor empty; fails naming `what` when time is up."""
+def wait_for(
+    what: str,
+    attempt: Callable[[], _Answer | None],
+    seconds: float,
+    work: Callable[[], int] | None = None,
+) -> _Answer:
+    """The first answer that is neither None nor empty; fails naming `what` when time is up.
+
+    `work` counts what has been done so far: time then starts again with every step, so a loaded
+    machine has as long as it needs, up to as many steps as a free one could do in `seconds`.
+    """
     deadline = time.monotonic() + seconds
+    first = done = 0 if work is None else work()
     while True:
         answer = attempt()
         if answer:
             return answer
+        if work is not None and (now := work()) != done:
+            done, deadline = now, time.monotonic() + seconds
+            assert done - first <= seconds / SCRAPE_SECONDS, f"{what}: nothing after {done} steps"
         assert time.monotonic() < deadline, f"{what}: nothing within {seconds:.0f} s"
         time.sleep(POLL_SECONDS)
 
@@ -74,6 +87,11 @@ class Prometheus:
         )
         values: list[str] = answer.raise_for_status().json()["data"]
         return values
+
+    def scrapes(self) -> int:
+        """How many scrapes have succeeded since the test began, of the target that has fewest."""
+        found = self.instant(f"sum_over_time(up[{WINDOW_SECONDS}s])")
+        return min((int(float(one["value"][1])) for one in found), default=0)
 
     def alerts(self) -> list[dict[str, Any]]:
         """Pending and firing alerts."""

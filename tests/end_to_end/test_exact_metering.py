@@ -18,6 +18,8 @@ from tests.end_to_end.virtual_node import VirtualNode
 TABLE = load_table()
 H100 = "NVIDIA H100 80GB HBM3"
 PROJECT_OF = {"train": "atlas", "tune": "birch"}
+# Whose a process's work is; work of none that can be seen is idle only where nothing was active.
+OWNERS = {"train": ("atlas",), "tune": ("birch",), None: ("idle", "unattributed")}
 PROCESSES: dict[str, object] = {
     "train": {"pid": 10_000_001, "user": "alice", "create_time_unix": 1,
               "environ": {"FLOPLEDGER_PROJECT": "atlas", "FLOPLEDGER_PRECISION": "bf16"}},
@@ -39,9 +41,9 @@ def scenario(*gpus: list[dict[str, object]], **more: object) -> dict[str, object
             "gpus": [{"model": H100, "phases": phases} | more for phases in gpus]}  # fmt: skip
 
 
-def metered(records: list[UsageRecord], project: str, name: str) -> int:
-    """One quantity of one project over all records."""
-    mine = [record for record in records if record.owner.account == project]
+def metered(records: list[UsageRecord], accounts: tuple[str, ...], name: str) -> int:
+    """One quantity of some accounts over all records."""
+    mine = [record for record in records if record.owner.account in accounts]
     if name == "energy_mj":
         return sum(record.energy_mj or 0 for record in mine)
     return sum(getattr(record.cycles, name) or 0 for record in mine)
@@ -60,7 +62,9 @@ def schedules(draw: st.DrawFn) -> list[dict[str, object]]:
         phase(
             draw(st.integers(1, 70)),
             draw(st.sampled_from([[], ["train"], ["tune"]])),
-            draw(st.sampled_from([0.0, 0.25, 0.5, 0.75])),
+            level := draw(st.sampled_from([0.0, 0.25, 0.5, 0.75])),
+            sm_active=0.98 if level else 0.0,
+            pipes={"hmma": level, "fp32": 0.02 if level else 0.0},
             sm_clock_mhz=draw(st.integers(3, 19)) * 100,
             power_watts=draw(st.integers(80, 700)),
         )
@@ -80,12 +84,17 @@ def test_cycles_and_energy_are_exact_with_cycle_counters(
         records = [record for record in usage_only(node.records()) if record.tier == "gpm_cycles"]
         truth = node.truth_of(records)
 
-    for process, project in (*PROJECT_OF.items(), (None, "idle")):
+    for process, projects in OWNERS.items():
         true = truth.owner(process)
-        assert metered(records, project, "elapsed") == true.elapsed_cycles
-        assert metered(records, project, "energy_mj") == true.energy_mj
+        assert metered(records, projects, "elapsed") == true.elapsed_cycles
+        assert metered(records, projects, "energy_mj") == true.energy_mj
         for pipe in PIPES:
-            assert metered(records, project, pipe) == true.active_cycles.get(pipe, 0), pipe
+            assert metered(records, projects, pipe) == true.active_cycles.get(pipe, 0), pipe
+    assert not any(metered(records, ("idle",), name) for name in ("sm_active", *PIPES))
+    hidden_ms = sum(record.gpu_time_ms for record in records if record.owner.kind == "unattributed")
+    resting = [record for record in records if record.owner.kind == "idle"]
+    assert all(record.attribution.evidence == "no process on the device" for record in resting)
+    assert (hidden_ms > 0) == bool(metered(records, ("unattributed",), "sm_active"))
 
 
 def test_flop_is_exact_where_precision_is_declared() -> None:
@@ -118,12 +127,13 @@ def test_utilisation_gives_cycles_to_a_billionth(driver: str) -> None:
 
     assert {record.tier for record in records} == {"gpm_util"}
     assert {record.cycles_origin for record in records} == {"derived"}
-    for process, project in (*PROJECT_OF.items(), (None, "idle")):
+    for process, projects in OWNERS.items():
         true = truth.owner(process)
         for name, expected in {"elapsed": true.elapsed_cycles, **true.active_cycles}.items():
-            found = metered(records, project, name)
-            assert abs(found - expected) <= Fraction(expected, 10**9), (project, name)
-        assert metered(records, project, "energy_mj") == true.energy_mj
+            found = metered(records, projects, name)
+            assert abs(found - expected) <= Fraction(expected, 10**9), (process, name)
+        assert metered(records, projects, "energy_mj") == true.energy_mj
+    assert metered(records, ("idle",), "sm_active") == 0
 
 
 def test_a_killed_agent_recovers_cycles_and_energy() -> None:

@@ -100,6 +100,14 @@ class VirtualNode:
         self.clock.now_ns += dark_seconds * SECOND_NS
         self.agent = self._agent()
 
+    def reboot(self, dark_seconds: int) -> None:
+        """The agent dies as it stands; another one starts in another boot.
+
+        Time and counters go on here, which the new agent must not believe.
+        """
+        self.boot_id = f"{self.boot_id}+"
+        self.kill_agent(dark_seconds)
+
     def stop(self) -> None:
         """A clean shutdown at this instant."""
         self.agent.stop()

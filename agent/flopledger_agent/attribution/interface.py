@@ -40,6 +40,10 @@ class Claim(msgspec.Struct, frozen=True, kw_only=True):
     precision_origin: PrecisionOrigin
     user: str | None
     flags: tuple[str, ...]
+    # Percent of the SMs that the owner's processes used, added up; None: the driver tells none.
+    used_percent: int | None = None
+    allocated: bool = False  # a scheduler gave the device to the owner's job
+    since_unix_ms: int | None = None  # and so since then, where it says so
 
     def attribution(self, sharers: int, weights: int) -> Attribution:
         """The attribution of a record for this claim among `sharers` with so many `weights`."""
@@ -55,6 +59,15 @@ class Claim(msgspec.Struct, frozen=True, kw_only=True):
         )
 
 
+class DeviceReading(msgspec.Struct, frozen=True, kw_only=True):
+    """The reading of a device whose owners are asked for."""
+
+    device: str  # Device.key
+    boot_ns: int
+    unix_ns: int
+    process_utilization: dict[int, int] | None = None  # see GpuSample
+
+
 class ProcessTable(Protocol):
     """Knows the processes of the node."""
 
@@ -66,8 +79,13 @@ class ProcessTable(Protocol):
 class Attributor(Protocol):
     """Decides who holds a device."""
 
-    def claims(self, processes: tuple[int, ...] | None) -> tuple[Claim, ...]:
-        """The owners of a device on which `processes` run; never empty."""
+    def claims(
+        self, processes: tuple[int, ...] | None, reading: DeviceReading | None = None
+    ) -> tuple[Claim, ...]:
+        """The owners of a device on which `processes` run; never empty.
+
+        Without a reading no device is asked about: whose the processes themselves are.
+        """
         ...
 
     def close(self) -> None:
@@ -105,6 +123,9 @@ def _keyed(claims: tuple[Claim, ...]) -> Mapping[tuple[object, ...], int]:
             claim.precision,
             claim.precision_origin,
             claim.user,
+            claim.flags,
+            claim.allocated,
+            claim.used_percent is None,
         ): claim.weight
         for claim in claims
     }

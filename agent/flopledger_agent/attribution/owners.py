@@ -18,9 +18,12 @@ from flopledger_core.errors import InvalidInput
 from flopledger_core.identity import IDLE_OWNER, UNATTRIBUTED_OWNER, require_id
 
 if TYPE_CHECKING:
-    from flopledger_agent.attribution.interface import Process, ProcessTable
+    from flopledger_agent.attribution.interface import DeviceReading, Process, ProcessTable
     from flopledger_agent.attribution.tags import TagRegistry
 
+# Of one device in one window. A GPU runs the work of some dozens at once; whatever is beyond this
+# is nobody's, so that no one can fill the ledger with names.
+OWNERS_MAX: Final = 128
 JUDGED_MAX: Final = 4096  # remembered judgements; forgetting them costs time only
 
 IDLE_CLAIM: Final = Claim(
@@ -43,8 +46,11 @@ class EnvironmentAttributor:
         self._registry = registry
         self._judged: dict[int, tuple[Process, int, Claim]] = {}
 
-    def claims(self, processes: tuple[int, ...] | None) -> tuple[Claim, ...]:
-        """The owners of a device on which `processes` run; never empty."""
+    def claims(
+        self, processes: tuple[int, ...] | None, reading: DeviceReading | None = None
+    ) -> tuple[Claim, ...]:
+        """The owners of a device on which `processes` run, whichever device; never empty."""
+        del reading
         if processes is None:
             return (_unattributed("the processes on the device could not be listed", None),)
         if not processes:
@@ -53,7 +59,13 @@ class EnvironmentAttributor:
         for pid in sorted(set(processes)):
             claim = self._claim(pid)
             merged.setdefault(_key(claim), []).append(claim)
-        return tuple(_merge(merged[key]) for key in sorted(merged, key=_order))
+        found = tuple(_merge(merged[key]) for key in sorted(merged, key=_order))
+        if len(found) <= OWNERS_MAX:
+            return found
+        rest = found[OWNERS_MAX:]
+        nobody = _unattributed(f"{len(rest)} owners more than {OWNERS_MAX} on one device", None)
+        weight = sum(claim.weight for claim in rest)
+        return (*found[:OWNERS_MAX], msgspec.structs.replace(nobody, weight=weight))
 
     def close(self) -> None:
         """Forget everything."""

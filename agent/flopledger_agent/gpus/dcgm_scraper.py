@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from flopledger_agent.config import DcgmSection
 
 # 16 GPUs in 7 instances each, 50 fields, 300 bytes a series: under 2 MiB, more with job labels.
+# Sixteen GPUs in seven parts with ninety fields each; reading more would take longer than a tick.
+SERIES_MAX: Final = 10_000
+SERIES_MARK: Final = "\nDCGM_FI_"
 PAGE_BYTES_MAX: Final = 8 * 1024 * 1024
 OK: Final = 200
 
@@ -91,6 +94,7 @@ class DcgmScraper:
         last = self._scrape
         try:
             text = fetch(self._config.url, self._config.timeout_seconds, self._bytes_max)
+            _require_few_series(text)
         except PageUnreadable as error:
             if error.reason != last.failure:
                 log.warning("dcgm-exporter: %s", error, extra={"action": "dcgm_unreadable"})
@@ -116,6 +120,11 @@ class DcgmScraper:
                     log.exception("dcgm-exporter", extra={"action": "unexpected_error"})
                 self._scrape = msgspec.structs.replace(self._scrape, failure="unexpected_error")
             self._stop.wait(self._clock.sleep_seconds(self._config.interval_seconds))
+
+
+def _require_few_series(text: str) -> None:
+    if text.count(SERIES_MARK) > SERIES_MAX:
+        raise PageUnreadable("dcgm_page_too_large", f"more than {SERIES_MAX} series")
 
 
 def fetch(url: str, limit_seconds: float, bytes_max: int) -> str:

@@ -9,7 +9,6 @@ asked again at every reading, and whatever the driver allocated is given back on
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import re
 from fractions import Fraction
@@ -21,9 +20,12 @@ from flopledger_agent.gpus.clock_samples import ClockMean
 from flopledger_agent.gpus.gpm import GpmMeter, GpmReading, Scale
 from flopledger_agent.gpus.gpm_pair import GpmPair
 from flopledger_agent.gpus.interface import GpuSample
-from flopledger_agent.gpus.limits import UNKNOWN_LIMITS, Limits, limits_of
+from flopledger_agent.gpus.limits import limits_of
+from flopledger_agent.gpus.mig import SMS_MAX
 from flopledger_agent.gpus.mig_reader import PartitionReader
 from flopledger_agent.gpus.nvml_errors import NOT_FOUND, DriverError, Scope
+from flopledger_agent.gpus.opened import Opened
+from flopledger_agent.gpus.process_use import ProcessUses
 from flopledger_core.errors import FlopLedgerError
 from flopledger_core.records import Device
 from flopledger_core.units import INT64_MAX
@@ -33,8 +35,8 @@ if TYPE_CHECKING:
 
     from flopledger_agent.clocks import Clock
     from flopledger_agent.gpus.nvml import Handle, Nvml
-    from flopledger_core.accelerators import Accelerator, AcceleratorTable, Resolved
-    from flopledger_core.records import EnergyScope, Tier
+    from flopledger_core.accelerators import AcceleratorTable
+    from flopledger_core.records import Tier
 
 T = TypeVar("T")
 
@@ -74,33 +76,6 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     delivered: bool
 
 
-@dataclasses.dataclass(slots=True, kw_only=True)
-class _Opened:
-    """A device whose handle is valid, with what does not change while it is."""
-
-    handle: Handle
-    device: Device
-    known: Resolved | None = None  # the table's row, or the stand-in of the architecture
-    limits: Limits = UNKNOWN_LIMITS
-    partitioned: bool = False  # MIG is on: read by parts, not as a whole
-    gpm: GpmPair | None = None
-    parts: PartitionReader | None = None
-    facts: dict[str, object] = dataclasses.field(default_factory=dict)  # answered, for good
-    absent: dict[str, str] = dataclasses.field(default_factory=dict)
-    lasting: dict[str, str] = dataclasses.field(default_factory=dict)  # not worth asking again
-    is_complete: bool = False  # no fact is left to ask for again
-
-    @property
-    def row(self) -> Accelerator | None:
-        """What the table says of the device, be it only its architecture."""
-        return None if self.known is None else self.known.accelerator
-
-    @property
-    def energy_scope(self) -> EnergyScope:
-        """What the energy counter covers; power is read at the same scope."""
-        return "gpu" if self.row is None else self.row.energy_scope
-
-
 class DeviceReader:
     """Samples the GPU with one UUID."""
 
@@ -118,10 +93,14 @@ class DeviceReader:
         self._uuid = uuid
         self._generation = -1
         self._returns = 0
-        self._opened: _Opened | None = None
-        # What an earlier reader found out on this driver, by the key of a GPU or part.
-        self._first_scales: dict[str, Scale] = dict(scales or {})
-        self._scale: Scale | None = self._first_scales.get(uuid)
+        self._opened: Opened | None = None
+        # What an earlier reader found out on this driver: of the GPU, and of its parts by key.
+        self._scale: Scale | None = (scales or {}).get(uuid)
+        self._part_scales: dict[str, Scale] = {
+            key: scale for key, scale in (scales or {}).items() if key.startswith(f"{uuid}/")
+        }
+        self._told_scales: dict[str, Scale] = {}  # replaced whole: another thread reads it
+        self._tell_scales()
         self._sm_count_known: int | None = None
         self._warm_up = WARM_UP_READINGS
         # Whether the last sample, and the last one that reached the consumer, had cycles to count
@@ -131,10 +110,12 @@ class DeviceReader:
         self._counted_by: Scale | None = None  # the scale of the cycles delivered last
         self._follows = False  # the tick before this one was delivered
         self._clocks = ClockMean()
+        self._uses = ProcessUses()
 
     def read(self, request: Request) -> tuple[GpuSample, ...]:
         """One sample of the GPU, or of each part of a partitioned one. Errors: DeviceUnreadable."""
         self._clocks.settle(delivered=request.delivered)
+        self._uses.settle(delivered=request.delivered)
         if self._opened is not None:
             for counters in (self._opened.gpm, self._opened.parts):
                 if counters is not None:
@@ -142,8 +123,7 @@ class DeviceReader:
         if request.generation != self._generation:
             self.release()
             if self._generation >= 0:
-                self._scale = None  # another driver may count otherwise
-                self._first_scales = {}
+                self.forget_scales()  # another driver may count otherwise
             self._generation = request.generation
             self._warm_up = WARM_UP_READINGS
         if request.return_count != self._returns:
@@ -165,15 +145,25 @@ class DeviceReader:
             raise DeviceUnreadable(error.meaning.reason, error.meaning.scope) from error
         self._counted = None if opened.partitioned else samples[0].cycles is not None
         self._warm_up = 0
+        self._tell_scales()
         return samples
 
     def scales(self) -> dict[str, Scale]:
-        """The scales of cycle counters found out so far, by the key of the GPU or part."""
-        parts = None if self._opened is None else self._opened.parts
-        found: dict[str, Scale] = {} if parts is None else dict(parts.scales())
+        """The scales believed at the last reading, by the key of the GPU or part; any thread."""
+        return self._told_scales
+
+    def forget_scales(self) -> None:
+        """What was found out holds no longer, or was found out on another driver."""
+        self._scale, self._part_scales = None, {}
+        self._tell_scales()
+
+    def _tell_scales(self) -> None:
+        opened = self._opened
+        parts = None if opened is None else opened.parts
+        told = dict(self._part_scales if parts is None else parts.scales())
         if self._scale is not None:
-            found[self._uuid] = self._scale
-        return found
+            told[self._uuid] = self._scale
+        self._told_scales = told
 
     def release(self) -> None:
         """Give back what the driver allocated for this device."""
@@ -182,7 +172,7 @@ class DeviceReader:
             self._counted_by = opened.gpm.meter.counted_by
             opened.gpm.free()
         if opened is not None and opened.parts is not None:
-            self._first_scales |= opened.parts.scales()
+            self._part_scales = opened.parts.scales()
             opened.parts.free()
 
     def give_back(self) -> tuple[GpuSample, ...] | None:
@@ -192,7 +182,7 @@ class DeviceReader:
 
     # --- what does not change -----------------------------------------------------------------
 
-    def _open(self) -> _Opened:
+    def _open(self) -> Opened:
         """The device, opened anew where MIG was switched: then nothing else is as it was."""
         opened = self._opened
         if opened is not None:
@@ -202,16 +192,21 @@ class DeviceReader:
             self.release()
         handle = self._nvml.handle_by_uuid(self._uuid)
         device = Device(uuid=self._uuid, name=UNKNOWN_NAME)
-        opened = self._opened = _Opened(handle=handle, device=device)
+        opened = self._opened = Opened(handle=handle, device=device)
         opened.partitioned = self._is_partitioned(opened)
         return opened
 
-    def _is_partitioned(self, opened: _Opened) -> bool:
+    def _is_partitioned(self, opened: Opened) -> bool:
         """Whether MIG is on; as it was before where that cannot be read."""
-        found = self._field(opened, "mig_mode", self._nvml.mig_enabled, {})
+        notes: dict[str, str] = {}
+        found = self._field(opened, "mig_mode", self._nvml.mig_enabled, notes)
+        if found is not None or "mig_mode" in opened.lasting:
+            opened.is_mig_told, opened.why_mig_unknown = True, None
+        elif not opened.is_mig_told:
+            opened.why_mig_unknown = notes["mig_mode"]
         return opened.partitioned if found is None else found
 
-    def _complete(self, opened: _Opened) -> None:
+    def _complete(self, opened: Opened) -> None:
         """Ask for the facts not known yet; what failed in passing is asked again next time."""
         nvml = self._nvml
         opened.absent = {}
@@ -240,14 +235,12 @@ class DeviceReader:
         else:
             opened.gpm.meter.learn_device(sm_count, opened.limits)
 
-    def _open_counters(self, opened: _Opened) -> None:
+    def _open_counters(self, opened: Opened) -> None:
         supported = self._fact(opened, "gpm", self._nvml.gpm_supported)
         if opened.partitioned:
             if opened.parts is None:
                 # What the whole GPU counts need not be what its parts count.
-                known: dict[str, Scale] = dict(self._first_scales)
-                known.pop(self._uuid, None)
-                opened.parts = PartitionReader(self._nvml, opened.handle, known)
+                opened.parts = PartitionReader(self._nvml, opened.handle, self._part_scales)
             opened.parts.has_gpm, opened.parts.row = bool(supported), opened.row
         elif supported:
             meter = GpmMeter(
@@ -263,7 +256,7 @@ class DeviceReader:
         if opened.gpm is None and not opened.partitioned:
             opened.absent.setdefault("gpm", "gpm_not_supported")
 
-    def _compute_capability(self, opened: _Opened) -> str | None:
+    def _compute_capability(self, opened: Opened) -> str | None:
         """Names the architecture, also of a model that the hardware table lacks."""
         capability = self._fact(opened, "compute_capability", self._nvml.compute_capability)
         if capability is not None and not COMPUTE_CAPABILITY.fullmatch(capability):
@@ -271,18 +264,20 @@ class DeviceReader:
             return None
         return capability
 
-    def _sm_count(self, opened: _Opened) -> int | None:
+    def _sm_count(self, opened: Opened) -> int | None:
         """SMs by the driver's core count, else by the model's row; None with the reason."""
         known = opened.known
         cores = self._fact(opened, "", self._nvml.core_count)
         if cores and known is not None and cores % known.architecture.cores_per_sm == 0:
-            return cores // known.architecture.cores_per_sm
+            sm_count = cores // known.architecture.cores_per_sm
+            if sm_count <= SMS_MAX:
+                return sm_count
         if known is not None and known.in_table:
             return known.accelerator.sm_count
         opened.absent["sm_count"] = "sm_count_unknown"
         return None
 
-    def _fact(self, opened: _Opened, name: str, read: Callable[[Handle], T]) -> T | None:
+    def _fact(self, opened: Opened, name: str, read: Callable[[Handle], T]) -> T | None:
         """A fact of the device, asked until it is answered or refused for good."""
         key = read.__name__
         if key not in opened.facts:
@@ -292,7 +287,7 @@ class DeviceReader:
             opened.facts[key] = value
         return cast("T", opened.facts[key])
 
-    def _attempt(self, opened: _Opened, name: str, read: Callable[[Handle], T]) -> T | None:
+    def _attempt(self, opened: Opened, name: str, read: Callable[[Handle], T]) -> T | None:
         """Ask; the reason is noted under `name`, if it has one. Errors: of a device or a node."""
         try:
             return read(opened.handle)
@@ -307,7 +302,7 @@ class DeviceReader:
 
     # --- every tick ---------------------------------------------------------------------------
 
-    def _samples(self, opened: _Opened) -> tuple[GpuSample, ...]:
+    def _samples(self, opened: Opened) -> tuple[GpuSample, ...]:
         nvml, gpm = self._nvml, opened.gpm
         absent = dict(opened.absent)
         hand_over = self._delivered_counted is False
@@ -361,6 +356,7 @@ class DeviceReader:
             energy_counter_mj=energy_mj,
             energy_scope=opened.energy_scope,
             uncertain_cycles=0 if reading is None else reading.uncertain_cycles,
+            process_utilization=self._use_by_process(opened, processes),
         )
         if opened.parts is None:
             return (whole,)
@@ -370,7 +366,7 @@ class DeviceReader:
         return samples
 
     def _tier(
-        self, opened: _Opened, reading: GpmReading | None, absent: dict[str, str]
+        self, opened: Opened, reading: GpmReading | None, absent: dict[str, str]
     ) -> tuple[Tier, dict[str, Fraction] | None]:
         counted = reading is not None and reading.cycles is not None
         if reading is not None:
@@ -393,7 +389,7 @@ class DeviceReader:
         return "gpu_util", {"sm_active": Fraction(percent, 100)}
 
     def _mean_clock(
-        self, opened: _Opened, tier: Tier, reading_khz: int | None, absent: dict[str, str]
+        self, opened: Opened, tier: Tier, reading_khz: int | None, absent: dict[str, str]
     ) -> int | None:
         """The mean since the previous sample, see `clock_samples`.
 
@@ -418,10 +414,27 @@ class DeviceReader:
         absent.pop("sm_clock_khz", None)
         return of_samples
 
-    def _processes(self, opened: _Opened, absent: dict[str, str]) -> tuple[int, ...] | None:
+    def _use_by_process(
+        self, opened: Opened, processes: tuple[int, ...] | None
+    ) -> dict[int, int] | None:
+        """What each of several processes used; the driver tells it of no partitioned GPU."""
+        if opened.partitioned or processes is None or len(processes) < 2:
+            self._uses.skip()
+            return None
+        return self._field(
+            opened,
+            "process_utilization",
+            lambda handle: self._uses.since(functools.partial(self._nvml.process_uses, handle)),
+            {},
+        )
+
+    def _processes(self, opened: Opened, absent: dict[str, str]) -> tuple[int, ...] | None:
         """Compute processes and clients of MPS; graphics alone does not hold a device."""
         compute = self._field(opened, "processes", self._nvml.compute_pids, absent)
         if compute is None:
+            return None
+        if not compute and opened.why_mig_unknown is not None:
+            absent["processes"] = opened.why_mig_unknown  # those of its parts do not show here
             return None
         clients = self._field(opened, "processes.mps", self._nvml.mps_pids, absent)
         if "processes.mps" in opened.lasting:
@@ -432,7 +445,7 @@ class DeviceReader:
 
     def _number(
         self,
-        opened: _Opened,
+        opened: Opened,
         name: str,
         read: Callable[[Handle], int],
         absent: dict[str, str],
@@ -450,7 +463,7 @@ class DeviceReader:
         return value
 
     def _field(
-        self, opened: _Opened, name: str, read: Callable[[Handle], T], absent: dict[str, str]
+        self, opened: Opened, name: str, read: Callable[[Handle], T], absent: dict[str, str]
     ) -> T | None:
         """A reading, or None with the reason noted; errors beyond a field go on up."""
         reason = opened.lasting.get(name)
@@ -466,7 +479,7 @@ class DeviceReader:
         absent[name] = reason
         return None
 
-    def _require_something(self, opened: _Opened, tier: Tier, absent: dict[str, str]) -> None:
+    def _require_something(self, opened: Opened, tier: Tier, absent: dict[str, str]) -> None:
         """A device none of whose fields can be read is not sampled, whatever the code says."""
         if tier != "none" or not all(name in absent for name in FIELDS):
             return
@@ -475,7 +488,7 @@ class DeviceReader:
             self.release()
             raise DeviceUnreadable(passing[0], "device")
 
-    def _require_scale(self, opened: _Opened, absent: dict[str, str]) -> None:
+    def _require_scale(self, opened: Opened, absent: dict[str, str]) -> None:
         """Hold the first readings back while the scale of the cycle counters is not known yet."""
         if opened.gpm is not None:
             self._scale = opened.gpm.meter.scale

@@ -43,6 +43,9 @@ class GpuSample(msgspec.Struct, frozen=True, kw_only=True):
     energy_scope: EnergyScope = "gpu"
     uncertain_cycles: int = 0  # see UsageRecord
     xids: tuple[int, ...] = ()  # errors of this device that the driver reported since last time
+    # Percent of the SMs by pid since the sample before; who used nothing is not in it. None: the
+    # driver tells none (under MIG never).
+    process_utilization: dict[int, int] | None = None
 
 
 class DeviceFailure(msgspec.Struct, frozen=True, kw_only=True):

@@ -24,6 +24,7 @@ from flopledger_agent.gpus.worker_process import WorkerGone
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from flopledger_agent.gpus.interface import NodeSample
     from flopledger_agent.gpus.worker_messages import Hello
     from flopledger_agent.gpus.worker_process import WorkerProcess
 
@@ -44,6 +45,10 @@ class Patience(msgspec.Struct, frozen=True, kw_only=True):
 
     hang_seconds: float = 8.0
     start_seconds: float = 60.0
+    # A GPU with a worker of its own goes back to the others' after it was read for so long; each
+    # time it is in trouble again this doubles, up to the longest.
+    rejoin_seconds: float = 600.0
+    rejoin_seconds_max: float = 86_400.0
 
 
 class Conversation:
@@ -71,10 +76,10 @@ class Conversation:
         late: Answer | None = None
         if self.waiting:
             self.listen()
-            late = self.take()
+            late = self.peek()
             if late is None:
                 return None
-            self._delivered = False
+            self.discard()
         if not self.gone:
             self._number += 1
             self.asked_at_seconds = at_seconds
@@ -101,6 +106,15 @@ class Conversation:
             self._delivered = True
         return answer
 
+    def peek(self) -> Answer | None:
+        """The answer, without taking it."""
+        return self._answer
+
+    def discard(self) -> None:
+        """Take the answer and tell the worker with the next question that nobody used it."""
+        if self.take() is not None:
+            self._delivered = False
+
     def silent_seconds(self, at_seconds: float) -> float:
         """How long an answer has been due."""
         return 0.0 if self.asked_at_seconds is None else at_seconds - self.asked_at_seconds
@@ -118,6 +132,13 @@ class LaneTick(msgspec.Struct, frozen=True, kw_only=True):
     answer: Answer | None
     reason: str
     late: tuple[Answer, ...] = ()  # to questions of earlier ticks: only their events count
+
+
+def _is_of_use(told: NodeSample) -> bool:
+    """Whether a successor may take over: it reads something, or nothing is left to read."""
+    if told.failure is not None:
+        return told.failure == "no_devices"  # every GPU is set apart
+    return bool(told.samples) or not told.failures
 
 
 class Lane:
@@ -265,9 +286,8 @@ class Lane:
             self._successor = None
             self._back_off()
             return
-        answer = successor._answer  # noqa: SLF001  (looked at, and taken by `conclude`)
-        reads = answer is not None and answer.sample.failure is None
-        if reads and answer is not None and (answer.sample.samples or not answer.sample.failures):
+        answer = successor.peek()  # taken by `conclude`
+        if answer is not None and _is_of_use(answer.sample):
             old = self._worker
             if old is not None:
                 self._count("gpu_set_changed")
@@ -276,8 +296,8 @@ class Lane:
             self._wants_successor = False
             self._dark_since_seconds = None
             self._well_ticks = 0
-        elif answer is not None:
-            successor.take()  # not good enough yet
+        else:
+            successor.discard()
 
     def _replace(self, why: str, reason: str) -> None:
         """End the worker; its successor, or another one after a while, takes its place."""

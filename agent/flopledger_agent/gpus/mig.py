@@ -25,6 +25,7 @@ SLICES_UNKNOWN: Final = "mig_slices_unknown"
 NO_COMPUTE_INSTANCE: Final = "no_compute_instance"
 NOT_CONFIGURED: Final = "slices_not_configured"
 INSTANCE_ID_MAX: Final = 64  # records.Device.gpu_instance
+SLICES_MAX: Final = 64  # records.Slices.of_count
 SMS_MAX: Final = 4096  # records.Device.sm_count
 
 
@@ -50,7 +51,11 @@ class Profiles(msgspec.Struct, frozen=True, kw_only=True):
 
 def profiles_of(told: Mapping[int, int], row: Accelerator | None) -> Profiles | None:
     """The profiles the driver tells, else those of the hardware table; None: neither has any."""
-    known = {slices: sms for slices, sms in told.items() if slices > 0}
+    known = {
+        slices: sms
+        for slices, sms in told.items()
+        if 0 < slices <= SLICES_MAX and 0 < sms <= SMS_MAX
+    }
     if not known and row is not None:  # written there as "3g"
         known = {int(name.rstrip("g")): sms for name, sms in row.mig_sm_counts.items()}
     return Profiles(of_count=max(known), sms_by_slices=known) if known else None

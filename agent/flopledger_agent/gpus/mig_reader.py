@@ -97,10 +97,14 @@ class PartitionReader:
                 part.gpm.settle(delivered=delivered)
 
     def scales(self) -> dict[str, Scale]:
-        """The scales of cycle counters found out so far, by the key of the part."""
+        """The scales of cycle counters that are believed now, by the key of the part."""
         for key, part in self._parts.items():
-            if part.gpm is not None and part.gpm.meter.scale is not None:
+            if part.gpm is None:
+                continue
+            if part.gpm.meter.scale is not None:
                 self._scales[key] = part.gpm.meter.scale
+            else:
+                self._scales.pop(key, None)  # contradicted: nobody is to begin with it
         return dict(self._scales)
 
     def look(self, whole: Device, limits: Limits) -> str | None:
@@ -149,7 +153,11 @@ class PartitionReader:
         """
         if self._why_whole is not None:
             absent = whole.absent | {"cycles": self._why_whole}
-            return (msgspec.structs.replace(whole, absent=absent),)
+            if not whole.processes:
+                # Those of MIG devices show at the GPU to a privileged reader only.
+                absent.setdefault("processes", self._why_whole)
+            processes = whole.processes or None
+            return (msgspec.structs.replace(whole, processes=processes, absent=absent),)
         return tuple(self._sample(part, whole, clock_khz) for part in self._parts.values())
 
     # --- the layout ---------------------------------------------------------------------------

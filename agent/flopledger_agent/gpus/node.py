@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 # Devices are looked up anew this often (in ticks) although their count did not change.
 RESCAN_TICKS: Final = 60
+UUID_MAX: Final = 96  # records.Device.uuid
 
 
 class NodeView(msgspec.Struct, frozen=True, kw_only=True):
@@ -68,6 +69,8 @@ class NodeReader:
             self._driver = self._nvml.open()
             self._open = True
             self._generation += 1
+            if self._generation > 1:
+                self._selection = self._selection.by_name_only()
             self._view = None
             self._registered = frozenset()
         try:
@@ -77,6 +80,9 @@ class NodeReader:
                 self.close()
                 raise
             return self._view  # one bad answer about the node does not lose its devices
+        if self._selection.device_count not in (None, count):
+            # For good: when the old count is back, the order may still be another one.
+            self._selection = self._selection.by_name_only()
         self._ticks += 1
         due = self._ticks % RESCAN_TICKS == 0
         view = self._view
@@ -118,6 +124,9 @@ class NodeReader:
             try:
                 handle = self._nvml.handle_by_index(index)
                 uuid = self._nvml.uuid(handle)
+                if not 0 < len(uuid) <= UUID_MAX:
+                    unidentified.append((index, "out_of_range"))
+                    continue
                 places[uuid] = index
                 if self._selection.wants(uuid):
                     present.append(Device(uuid=uuid, name=self._name(handle)))
@@ -125,7 +134,7 @@ class NodeReader:
                         self.xids.register(uuid, handle)
             except DriverError as error:
                 unidentified.append((index, error.meaning.reason))
-            self._asking_index = None
+        self._asking_index = None
         self._places = places
         self._registered = frozenset(device.uuid for device in present)
         return NodeView(

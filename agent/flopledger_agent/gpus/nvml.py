@@ -22,6 +22,7 @@ from flopledger_agent.gpus.nvml_errors import (
     TIMED_OUT,
     DriverError,
 )
+from flopledger_agent.gpus.process_use import ProcessUse
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -223,6 +224,22 @@ class Nvml:
     def utilization_percent(self, handle: Handle) -> int:
         """Share of time in which anything ran, over the driver's own last sample period."""
         return int(pynvml.nvmlDeviceGetUtilizationRates(handle).gpu)
+
+    @_translated
+    def process_uses(self, handle: Handle, after_unix_us: int) -> tuple[ProcessUse, ...]:
+        """Processes that used the SMs after the driver's stamp; none where there is nothing new."""
+        try:
+            samples = pynvml.nvmlDeviceGetProcessUtilization(handle, after_unix_us)
+        except pynvml.NVMLError as error:
+            if _code(error) != NOT_FOUND:
+                raise
+            return ()
+        return tuple(
+            ProcessUse(
+                pid=int(sample.pid), unix_us=int(sample.timeStamp), sm_percent=int(sample.smUtil)
+            )
+            for sample in samples
+        )
 
     def compute_pids(self, handle: Handle, gpu_instance: int | None = None) -> tuple[int, ...]:
         """Processes with a compute context, sorted; only those of a GPU instance if it is named."""

@@ -133,7 +133,7 @@ OWN_REASONS: Final[dict[str, str]] = {
     "dcgm_timeout": "see why dcgm-exporter is slow, or raise gpus.dcgm.timeout_seconds",
     "dcgm_http_error": "correct gpus.dcgm.url: it must be the metrics page of dcgm-exporter",
     "dcgm_not_an_exporter": "correct gpus.dcgm.url: it must be the metrics page of dcgm-exporter",
-    "dcgm_page_too_large": "correct gpus.dcgm.url: it must be the page of this node's dcgm-exporter",
+    "dcgm_page_too_large": "correct gpus.dcgm.url: it must be the page of this node's exporter",
     "dcgm_stale": "restart dcgm-exporter: its figures of this device stand still",
     "dcgm_device_not_on_page": "let dcgm-exporter see this GPU, or correct gpus.dcgm.url",
     "dcgm_other_hosts_only": "set gpus.dcgm.hostname to the host name on the page",

@@ -21,6 +21,10 @@ class Selection(msgspec.Struct, frozen=True, kw_only=True):
     nameless: frozenset[int] = frozenset()
     device_count: int | None = None
 
+    def by_name_only(self) -> Selection:
+        """The same GPUs where nothing is known of their places any more."""
+        return msgspec.structs.replace(self, places={}, nameless=frozenset(), device_count=None)
+
     def wants(self, uuid: str) -> bool:
         """Whether the GPU with this UUID is read."""
         if self.only_uuid is not None:

@@ -77,7 +77,9 @@ class NvmlSource:
         wait: Callable[[Round, float], None] = Round.wait,
         selection: Selection = EVERYTHING,
         scales: Mapping[str, Scale] | None = None,
+        scales_of_driver: str | None = None,
     ) -> None:
+        """`scales` were found out by an earlier source, on a driver of the version named."""
         self._clock = clock
         self._table = table
         self._deadline_seconds = deadline_seconds
@@ -85,8 +87,8 @@ class NvmlSource:
         self._nvml = Nvml()
         self._node_thread = WatchedThread[NodeView | None]("nvml-node")
         self._node_reader = NodeReader(self._nvml, selection)
-        # Found out by an earlier source on this driver.
-        self._first_scales: dict[str, Scale] = dict(scales or {})
+        self._first_scales: dict[str, Scale] = dict(scales or {})  # of devices not expected yet
+        self._scales_of_driver = scales_of_driver
         self._slots: dict[str, _Slot] = {}
         for device in known:
             slot = self._expect(device)
@@ -138,7 +140,7 @@ class NvmlSource:
 
     def scales(self) -> dict[str, Scale]:
         """The known scales of cycle counters, by GPU or part, for a source that takes over."""
-        scales: dict[str, Scale] = dict(self._first_scales)
+        scales: dict[str, Scale] = {}
         for slot in self._slots.values():
             scales |= slot.reader.scales()
         return scales
@@ -204,6 +206,12 @@ class NvmlSource:
         self._view = view
         if view is None:
             return self._back_off(_reason(answer.error))
+        if self._first_scales and view.driver != self._scales_of_driver:
+            # Another driver may count otherwise. A stuck reader forgets by itself, at its next.
+            self._first_scales = {}
+            for slot in self._slots.values():
+                if not slot.thread.stuck:
+                    slot.reader.forget_scales()
         if not view.present and not view.unidentified and not self._slots:
             return "no_devices"
         self._failure = None

@@ -2,8 +2,9 @@
 
 `SupervisedSource` asks every worker at once, under one deadline, and merges their answers to one
 sample. All GPUs are read by one worker until one of them hangs or is lost: then the others go on in
-a worker that does not touch it, and it gets workers of its own, started with growing pauses, until
-it is read again. Counters are cumulative, so what happens to workers loses no energy and no cycle.
+a worker that does not touch it, and it gets workers of its own, started with growing pauses. Once
+it has been read for long it goes back to the others' worker. Counters are cumulative, so what
+happens to workers loses no energy and no cycle.
 """
 
 from __future__ import annotations
@@ -35,6 +36,10 @@ WORKER_SHARE: Final = 0.75
 # lost one is, too, so that nobody holds it open while somebody resets it.
 LOST: Final = frozenset({"gpu_is_lost", "reset_required"})
 TROUBLE: Final = LOST | {"timeout"}
+# After these the driver's list may be in another order.
+DRIVER_GONE: Final = frozenset(
+    {"driver_uninitialized", "driver_not_loaded", "driver_version_mismatch", "nvml_not_found"}
+)
 NAMELESS: Final = "unidentified-"  # of a device that hung before it said who it is
 # How often leaving workers are looked at, and how long a killed one may take to be gone.
 LEAVING_CHECK_SECONDS: Final = 0.01
@@ -56,6 +61,8 @@ class _Apart:
         self.lane = lane
         self.selection = selection
         self.since_seconds: float | None = None  # in trouble in its own lane, too
+        self.read_since_seconds: float | None = None  # without trouble
+        self.rejoining_since_seconds: float | None = None  # the others' worker reads it, too
 
 
 class SupervisedSource:
@@ -93,6 +100,7 @@ class SupervisedSource:
         self._retired: list[str] = []
         self._left: list[WorkerProcess] = []  # of lanes that are no more
         self._past_restarts: dict[str, int] = {}
+        self._rejoin_seconds: dict[str, float] = {}  # by UUID, where it is not the shortest
         self._closed = False
         self._paused = False
         self.counts = WorkerCounts()  # replaced whole at every tick
@@ -110,6 +118,8 @@ class SupervisedSource:
         now = self._seconds()
         main = self._lane.conclude(now)
         others = {uuid: apart.lane.conclude(now) for uuid, apart in self._apart.items()}
+        for uuid in self._rejoined(main):
+            others.pop(uuid)
         node = self._merged(boot_ns, unix_ns, main, others)
         self._learn(main, others)
         self._set_apart(main, node, now)
@@ -146,16 +156,18 @@ class SupervisedSource:
 
     def _hello(self) -> Hello:
         """For a worker that reads every GPU that is not set apart."""
-        places = {uuid: self._places[uuid] for uuid in self._apart if uuid in self._places}
-        nameless = [uuid for uuid in self._apart if uuid.startswith(NAMELESS)]
+        left_out = frozenset(
+            uuid for uuid, apart in self._apart.items() if apart.rejoining_since_seconds is None
+        )
+        nameless = [uuid for uuid in left_out if uuid.startswith(NAMELESS)]
         selection = Selection(
-            excluded=frozenset(self._apart),
-            places=places,
+            excluded=left_out,
+            places={uuid: self._places[uuid] for uuid in left_out if uuid in self._places},
             nameless=frozenset(int(uuid.removeprefix(NAMELESS)) for uuid in nameless),
             device_count=self._device_count,
         )
         return self._greeting(
-            selection, (item for item in self._devices.values() if item.uuid not in self._apart)
+            selection, (item for item in self._devices.values() if item.uuid not in left_out)
         )
 
     def _greeting_of(self, apart: _Apart) -> Callable[[], Hello]:
@@ -169,6 +181,7 @@ class SupervisedSource:
             known=tuple(known),
             selection=selection,
             scales=self._scales,
+            scales_of_driver=self._driver,
             deadline_seconds=WORKER_SHARE * self._deadline_seconds,
             simulated=self._simulated,
         )
@@ -277,7 +290,12 @@ class SupervisedSource:
                 self._driver = answer.sample.driver
                 self._scales = {}  # another driver may count otherwise
             if answer.sample.failure is None:
+                for sample in answer.sample.samples:
+                    # One that is not believed any more is not passed on, either.
+                    self._scales.pop(sample.device.key, None)
                 self._scales |= answer.scales
+            elif answer.sample.failure in DRIVER_GONE:
+                self._places, self._device_count = {}, None
         if main.answer is not None and main.answer.device_count is not None:
             if main.answer.device_count != self._device_count:
                 self._places = {}
@@ -326,6 +344,7 @@ class SupervisedSource:
                 continue
             told = tick.answer.sample
             reasons = {item.reason for item in told.failures}
+            self._bring_back(uuid, apart, now_seconds, reads=bool(told.samples))
             if told.samples or not reasons & TROUBLE:
                 apart.since_seconds = None
             elif apart.since_seconds is None:
@@ -344,6 +363,53 @@ class SupervisedSource:
                 apart.since_seconds = None
                 apart.lane.give_up("hung", "timeout")
 
+    # --- going back to the others -------------------------------------------------------------
+
+    def _bring_back(self, uuid: str, apart: _Apart, now_seconds: float, *, reads: bool) -> None:
+        """Have the others' worker read a GPU, too, that has been read for long; or give that up."""
+        since = apart.rejoining_since_seconds
+        if reads and apart.read_since_seconds is None:
+            apart.read_since_seconds = now_seconds
+        began = apart.read_since_seconds
+        if since is not None:
+            if not reads or now_seconds - since >= self._patience.start_seconds:
+                apart.rejoining_since_seconds = None
+                self._be_slower(uuid)
+                self._lane.succeed()
+                began = now_seconds
+        elif reads and began is not None and now_seconds - began >= self._rejoin_after(uuid):
+            apart.rejoining_since_seconds = now_seconds
+            self._lane.succeed()
+        apart.read_since_seconds = began if reads else None
+
+    def _rejoined(self, main: LaneTick) -> list[str]:
+        """GPUs that the others' worker reads from this tick on; their own workers end."""
+        if main.answer is None:
+            return []
+        read = {item.device.uuid for item in main.answer.sample.samples}
+        back = [
+            uuid
+            for uuid, apart in self._apart.items()
+            if apart.rejoining_since_seconds is not None and uuid in read
+        ]
+        for uuid in back:
+            lane = self._apart.pop(uuid).lane
+            self._remember_restarts(lane)
+            self._left += lane.end(kill=True)
+            self._be_slower(uuid)
+        return back
+
+    def _rejoin_after(self, uuid: str) -> float:
+        return self._rejoin_seconds.get(uuid, self._patience.rejoin_seconds)
+
+    def _be_slower(self, uuid: str) -> None:
+        longest = self._patience.rejoin_seconds_max
+        self._rejoin_seconds[uuid] = min(2 * self._rejoin_after(uuid), longest)
+
+    def _remember_restarts(self, lane: Lane) -> None:
+        for why, number in lane.restarts.items():
+            self._past_restarts[why] = self._past_restarts.get(why, 0) + number
+
     # --- ending -------------------------------------------------------------------------------
 
     def _let_go(self) -> None:
@@ -351,8 +417,7 @@ class SupervisedSource:
         lanes = [self._lane, *(apart.lane for apart in self._apart.values())]
         leaving: list[WorkerProcess] = []
         for lane in lanes:
-            for why, number in lane.restarts.items():
-                self._past_restarts[why] = self._past_restarts.get(why, 0) + number
+            self._remember_restarts(lane)
             leaving += lane.end(kill=False)
         self._lane = Lane(self._launch, self._patience)
         self._apart, self._troubled, self._scales = {}, {}, {}

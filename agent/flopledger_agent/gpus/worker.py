@@ -48,6 +48,7 @@ def make_source(hello: Hello) -> NvmlSource:
         deadline_seconds=hello.deadline_seconds,
         selection=hello.selection,
         scales=hello.scales,
+        scales_of_driver=hello.scales_of_driver,
     )
 
 

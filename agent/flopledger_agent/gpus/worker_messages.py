@@ -41,12 +41,14 @@ class Hello(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """The first message to a worker: what to read and how.
 
     `known` are expected from the first sample on; `scales` are those of cycle counters, found out
-    by earlier workers, by GPU or part, so that counting goes on without finding them out again.
+    by earlier workers, by GPU or part, so that counting goes on without finding them out again;
+    they hold for a driver of the version `scales_of_driver`.
     """
 
     known: tuple[Device, ...]
     selection: Selection
     scales: dict[str, Scale]
+    scales_of_driver: str | None = None
     deadline_seconds: float
     simulated: SimulatedNode | None
 

@@ -9,6 +9,7 @@ looked at again later.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import select
 import subprocess
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
 READ_BYTES: Final = 256 * 1024
+PIPE_BYTES: Final = 1024 * 1024  # what everybody may have
 MS_PER_SECOND: Final = 1000
 COMMAND: Final = (sys.executable, "-P", "-m", "flopledger_agent.gpus.worker")
 
@@ -68,8 +70,12 @@ class PipeWorker:
         assert self._process.stdin is not None, "a pipe was asked for"
         assert self._process.stdout is not None, "a pipe was asked for"
         self._in, self._out = self._process.stdin, self._process.stdout
-        os.set_blocking(self._in.fileno(), False)
-        os.set_blocking(self._out.fileno(), False)
+        for pipe in (self._in, self._out):
+            os.set_blocking(pipe.fileno(), False)
+            # A greeting must fit at once, and an answer should: many parts make it long. Without
+            # the room most nodes do as well.
+            with contextlib.suppress(OSError):
+                fcntl.fcntl(pipe.fileno(), fcntl.F_SETPIPE_SZ, PIPE_BYTES)
 
     @property
     def pid(self) -> int:

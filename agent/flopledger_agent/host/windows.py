@@ -18,6 +18,9 @@ from flopledger_core.records import HostBoundary, HostEnergySource, HostRecord
 from flopledger_core.units import MS_PER_MINUTE, NS_PER_MS
 
 UJ_PER_MJ: Final = 1_000
+# Owners come from environments that anybody may write: so many names a node has honestly in a
+# minute, and more would only fill the disk. Those beyond them are nobody's, which hides no work.
+OWNERS_MAX: Final = 256
 
 
 def _claim(idle: bool, evidence: str) -> Claim:  # noqa: FBT001 (two constants below)
@@ -95,12 +98,16 @@ def fits(window: HostWindow, piece: HostSlice) -> bool:
 
 def extended(window: HostWindow | None, piece: HostSlice) -> HostWindow:
     """The window with the slice added; a new one of this slice where there is none."""
+    shares = piece.shares
+    if shares is not None:
+        shares = _added(() if window is None else window.shares or (), shares)
     if window is None:
-        return HostWindow(**{name: getattr(piece, name) for name in HostWindow.__struct_fields__})
+        fresh = HostWindow(**{name: getattr(piece, name) for name in HostWindow.__struct_fields__})
+        return msgspec.structs.replace(fresh, shares=shares)
     return msgspec.structs.replace(
         window,
         end_boot_ns=piece.end_boot_ns,
-        shares=None if piece.shares is None else _added(window.shares or (), piece.shares),
+        shares=shares,
         energy_uj={
             boundary: window.energy_uj[boundary] + amount
             for boundary, amount in piece.energy_uj.items()
@@ -192,13 +199,13 @@ def cut(total: int, weights: list[int]) -> list[int]:
 
 def _added(before: tuple[OwnerShare, ...], more: tuple[OwnerShare, ...]) -> tuple[OwnerShare, ...]:
     sums = {_key(one.claim): one for one in before}
+    unowned = _key(UNOWNED)
     for one in more:
-        known = sums.get(_key(one.claim))
-        sums[_key(one.claim)] = (
-            one
-            if known is None
-            else OwnerShare(claim=known.claim, cpu_ns=known.cpu_ns + one.cpu_ns)
-        )
+        key, claim = _key(one.claim), one.claim
+        if key not in sums and claim.owner.kind != "idle" and len(sums) >= OWNERS_MAX:
+            key, claim = unowned, UNOWNED
+        known = sums.get(key)
+        sums[key] = OwnerShare(claim=claim, cpu_ns=one.cpu_ns + (known.cpu_ns if known else 0))
     return tuple(sums.values())
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 import msgspec
@@ -16,6 +17,7 @@ from flopledger_collector.cli.ledgers import (
     writing,
 )
 from flopledger_collector.cli.output import format_option, print_json, print_line, print_table
+from flopledger_collector.ledger.totals import GPU_BOUNDARY, MODULE_BOUNDARY
 from flopledger_collector.reports import figures, json_form
 from flopledger_collector.reports.measured import energy_cell
 from flopledger_collector.silence import opened_job, said
@@ -24,6 +26,11 @@ from flopledger_collector.usage import energies_of, gpu_time_of
 from flopledger_core.identity import require_id
 from flopledger_core.records import ProjectOpened
 from flopledger_core.units import NS_PER_MS
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from flopledger_collector.ledger.totals import JobLine
 
 
 @click.group()
@@ -153,21 +160,40 @@ def list_jobs(project_id: str, form: str, source: Source) -> None:
     if form == "json":
         print_json({"jobs": [json_form.line_document(line) for line in lines]})
         return
-    titles = ("Job", "Run", "Activity", "Tier", "GPU-hours", "kWh (boundary)", "FLOP", "CPU-s")
-    print_table(
-        titles,
-        (
-            (
-                line.job or figures.ABSENT,
-                line.run or figures.ABSENT,
-                line.activity + (" (disputed)" if line.standing == "disputed" else ""),
-                line.tier,
-                figures.hours(said(line, "gpu_time_ms", gpu_time_of(line))),
-                energy_cell(energies_of(line)),
-                figures.flop(said(line, "flop", line.work.flop)),
-                figures.seconds(said(line, "cpu_time_ms", line.cpu_time_ms)),
-            )
-            for line in lines
-        ),
-        right=titles[4:],
+    devices = tuple(line for line in lines if not line.is_host)
+    nodes = tuple(line for line in lines if line.is_host)
+    titles = ("Job", "Run", "Activity", "Tier", "GPU-hours", "kWh", "FLOP")
+    print_table(titles, (_of_devices(line) for line in devices), right=titles[4:])
+    if nodes:
+        print_table(
+            ("Job", "Run", "Activity", "CPU-seconds", "kWh (boundary)"),
+            (row for line in nodes for row in _of_node(line)),
+            right=("CPU-seconds", "kWh (boundary)"),
+            title="Of nodes without their GPUs",
+        )
+
+
+def _work_of(line: JobLine) -> tuple[str, str, str]:
+    disputed = " (disputed)" if line.standing == "disputed" else ""
+    return line.job or figures.ABSENT, line.run or figures.ABSENT, line.activity + disputed
+
+
+def _of_devices(line: JobLine) -> tuple[str, ...]:
+    """A line of GPUs or declarations; energy of a GPU unless a whole module is named."""
+    module = line.energy_boundary == MODULE_BOUNDARY
+    energies = energies_of(line)
+    return (
+        *_work_of(line),
+        line.tier,
+        figures.hours(said(line, "gpu_time_ms", gpu_time_of(line))),
+        energy_cell(energies) if module else figures.energy(energies.get(GPU_BOUNDARY)),
+        figures.flop(said(line, "flop", line.work.flop)),
     )
+
+
+def _of_node(line: JobLine) -> Iterator[tuple[str, ...]]:
+    """One row for each boundary; the first has the CPU time."""
+    seconds = figures.seconds(said(line, "cpu_time_ms", line.cpu_time_ms))
+    cells = [energy_cell({boundary: energy}) for boundary, energy in energies_of(line).items()]
+    for index, cell in enumerate(cells or [figures.ABSENT]):
+        yield (*_work_of(line), seconds, cell) if index == 0 else (" ", " ", " ", " ", cell)

@@ -18,9 +18,10 @@ from flopledger_collector.cli.output import (
 )
 from flopledger_collector.cli.program import finding
 from flopledger_collector.reports import figures, json_form
+from flopledger_collector.reports.measured import energy_label
 from flopledger_collector.reports.statement import ENERGY_BOUNDARY
 from flopledger_collector.status import evaluate_ledger, evaluate_project
-from flopledger_core.units import gpu_hours, scientific
+from flopledger_core.units import scientific
 
 if TYPE_CHECKING:
     from rich.text import Text
@@ -75,7 +76,7 @@ def _print_ledger(found: LedgerStatus) -> None:
         (
             name,
             figures.hours(usage.known("gpu_time_ms", usage.gpu_time_ms)),
-            gpu_hours(usage.gap_time_ms),
+            figures.gpu_hours(usage.gap_time_ms),
             figures.energy(usage.known("energy_mj", usage.energy_mj)),
             figures.flop(usage.known("flop", usage.work.flop)),
             figures.seconds(usage.known_cpu_time),
@@ -131,15 +132,17 @@ def _print_project(one: ProjectStatus) -> None:
     print_line(f"  kWh at the GPU {energy}; GPU-hours {hours}")
     for boundary, joules in one.energy_by_boundary.items():
         if boundary != ENERGY_BOUNDARY:
-            print_line(f"  kWh ({boundary}, never added) {figures.energy(joules)}")
+            print_line(f"  {energy_label(boundary)}, never added: {figures.energy(joules)}")
     if one.known_cpu_time is not None:
-        print_line(f"  CPU-seconds {figures.seconds(one.known_cpu_time)}")
+        print_line(f"  CPU-seconds (metered nodes) {figures.seconds(one.known_cpu_time)}")
     if usage.stand_in_records:
-        print_line(f"  {usage.stand_in_records} records of devices that the table lacks")
+        records = figures.counted(usage.stand_in_records, "record")
+        print_line(f"  {records} of devices that the table lacks")
     if usage.model_flop.high:
         print_line(f"  {figures.flop(usage.model_flop)} model FLOP declared, kept apart")
     if usage.disputed_records:
-        print_line(f"  {usage.disputed_records} disputed records, only in the high bounds")
+        records = figures.counted(usage.disputed_records, "disputed record")
+        print_line(f"  {records}, only in the high bounds")
     if one.shared.records:
         print_line(
             f"  of unknown owner, in the high bounds: {figures.flop(one.shared.work.flop)} FLOP"

@@ -37,6 +37,7 @@ UNKNOWN_ACCELERATOR: Final = "unknown accelerator"  # the device name of hours t
 HOST_TIER: Final = "host"  # of groups that hold a node's own usage, without its GPUs
 MODULE_SCOPE: Final = "module"  # of energy counters that read CPU, GPU and memory together
 CPU_TIME_POSSIBLE: Final = "host_cpu_possible_time_ms"  # of all CPUs, where none was read
+FIRST_ESTIMATE: Final = "first_flop"  # begins the quantities of estimates that agents sealed
 FLAGGED: Final = "flagged_records_"  # begins the quantity that counts the records with a flag
 
 AmountRecord = UsageRecord | GapRecord | HostRecord | ImportedHours | Declaration
@@ -271,7 +272,12 @@ def folded_sums(record: Record) -> dict[str, int]:
     The counts say how many records carry a caution, so that a statement can repeat it. CPU time
     that nobody read is limited by the CPUs there were, which the basis does not multiply out.
     """
-    sums = basis(record)
+    # The group's key has the versions of a first estimate. As part of a name they would be an
+    # agent's own text where the store gives names a meaning.
+    sums = {
+        name.partition("@")[0] if name.startswith(FIRST_ESTIMATE) else name: amount
+        for name, amount in basis(record).items()
+    }
     if isinstance(record, (UsageRecord, GapRecord, HostRecord)):
         sums |= {f"{FLAGGED}{flag}": 1 for flag in record.flags}
     if isinstance(record, HostRecord) and record.cpu_time_ms is None:

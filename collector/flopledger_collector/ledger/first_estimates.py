@@ -14,12 +14,11 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 
-def flop_of(sums: Mapping[str, int], model_version: str, table_version: str) -> Bounds:
-    """The sum of a group's first estimates by one model and table; open where one was."""
-    version = f"{model_version}/{table_version}"
-    high = sums.get(f"first_flop_high@{version}", 0)
+def flop_of(sums: Mapping[str, int]) -> Bounds:
+    """The sum of a group's first estimates; open where one was."""
+    high = sums.get("first_flop_high", 0)
     return Bounds(
-        low=sums.get(f"first_flop_low@{version}", 0),
-        central=sums.get(f"first_flop@{version}", 0),
-        high=None if sums.get(f"first_flop_open_records@{version}") else high,
+        low=sums.get("first_flop_low", 0),
+        central=sums.get("first_flop", 0),
+        high=None if sums.get("first_flop_open_records") else high,
     )

@@ -341,7 +341,7 @@ def _assumed_precision(group: RollupSum, device: Resolved | None) -> str | None:
 def _first_flop(group: RollupSum) -> Bounds | None:
     if not group.first_model_version:
         return None
-    return first_estimates.flop_of(group.sums, group.first_model_version, group.first_table_version)
+    return first_estimates.flop_of(group.sums)
 
 
 def _energy_boundary(group: RollupSum) -> EnergyBoundary | None:

@@ -12,10 +12,10 @@ from fractions import Fraction
 from typing import TYPE_CHECKING, Final
 
 from flopledger_core.units import (
+    MJ_PER_KWH,
+    MS_PER_HOUR,
     MS_PER_SECOND,
     decimal_text,
-    gpu_hours,
-    kilowatt_hours,
     scientific,
 )
 
@@ -31,6 +31,7 @@ SMALLEST_THREE_DIGITS: Final = Fraction(1, 1000)  # per cent; below it two digit
 PLAIN_PLACES_MAX: Final = 6  # decimal places; beyond them a power of ten reads better
 LARGEST_PER_CENT: Final = Fraction(1000)  # from ten times on, "times" reads better
 CENTS_PER_UNIT: Final = 100
+HUNDRED: Final = 100  # the least number of three digits
 # Control characters and those that turn the direction of text: they could forge a line.
 _CONTROL: Final = re.compile(
     r"[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028\u2029\u202a-\u202e\u2066-\u2069]+"
@@ -103,8 +104,38 @@ def seconds(bounds: Bounds | None) -> str:
 
 
 def cpu_seconds(time_ms: int) -> str:
-    """Milliseconds as seconds with three decimal places: exact."""
-    return decimal_text(time_ms, MS_PER_SECOND, 3)
+    """Milliseconds as seconds: whole from a thousand on, with all digits below."""
+    if abs(time_ms) >= MS_PER_SECOND * MS_PER_SECOND:
+        return decimal_text(time_ms, MS_PER_SECOND, 0)
+    return decimal_text(time_ms, MS_PER_SECOND, 3).rstrip("0").rstrip(".")
+
+
+def kilowatt_hours(energy_mj: int) -> str:
+    """Millijoules as kWh, three digits at least: only nothing is written as nothing."""
+    return _at_every_size(Fraction(energy_mj, MJ_PER_KWH), 3)
+
+
+def gpu_hours(time_ms: int) -> str:
+    """Milliseconds of GPU time as hours; a job of seconds is no zero."""
+    return _at_every_size(Fraction(time_ms, MS_PER_HOUR), 2)
+
+
+def _at_every_size(value: Fraction, places: int) -> str:
+    """Decimal text with so many places, and with three digits where those would be fewer."""
+    if value == 0:
+        return "0"
+    if abs(value) >= 1:
+        return decimal_text(value.numerator, value.denominator, places)
+    shown = 3
+    while shown < PLAIN_PLACES_MAX and abs(value) * 10**shown < HUNDRED:
+        shown += 1
+    text = decimal_text(value.numerator, value.denominator, shown)
+    return text.rstrip("0") if abs(value) * 10**shown >= 1 else _small(value)
+
+
+def counted(count: int, name: str) -> str:
+    """A count with its noun, in the plural where it is not one."""
+    return f"{count} {name}" if count == 1 else f"{count} {name}s"
 
 
 def signed(value: int | None) -> str:

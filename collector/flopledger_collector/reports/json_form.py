@@ -40,6 +40,7 @@ from flopledger_core.flop import Work
 from flopledger_core.records import BudgetSet, Declaration
 
 STATEMENT_FORM_VERSION: Final = 1
+DEVICE_METERS: Final = "device"  # each device's own meter: its GPU's, or its whole module's
 RATIO_PLACES: Final = 12  # decimal places of a ratio; the exact one follows from the amounts
 
 Document = dict[str, Any]
@@ -100,6 +101,7 @@ def usage_document(usage: Usage) -> Document:
         "model_flop": bounds_document(usage.model_flop),
         "energy_mj": bounds_document(usage.energy_mj),
         "gpu_time_ms": bounds_document(usage.gpu_time_ms),
+        "device_energy_mj": bounds_document(usage.device_energy_mj),
         "energy_by_boundary_mj": energies_document(usage.energy_by_boundary),
         "cpu_time_ms": optional_bounds(usage.known_cpu_time),
         "gap_time_ms": str(usage.gap_time_ms),
@@ -199,6 +201,7 @@ def budget_document(found: BudgetEvaluation) -> Document:
         "name": found.name,
         "quantity": found.quantity,
         "currency": found.currency,
+        "energy_boundary": DEVICE_METERS if found.quantity == "energy_mj" else None,
         "limit": str(found.limit),
         "used": bounds_document(found.used),
         "ratio": ratio_document(found.reached),
@@ -352,6 +355,7 @@ def _restatement_document(found: Restatement) -> Document:
                 "model_version": row.model_version,
                 "table_version": row.table_version,
                 "restated": row.is_restated,
+                "contradicted": row.is_contradicted,
                 "records": row.records,
                 "first_flop": bounds_document(row.first_flop),
                 "flop": bounds_document(row.flop),

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from flopledger_collector.reports import figures, markdown_metered
 from flopledger_collector.reports.markdown_table import bullets, table, text
-from flopledger_collector.reports.measured import lacking_of
+from flopledger_collector.reports.measured import doubtful, energy_label
 from flopledger_collector.reports.statement import (
     ENERGY_BOUNDARY,
     NOTES,
@@ -18,7 +18,7 @@ from flopledger_collector.reports.statement import (
     Statement,
 )
 from flopledger_collector.usage import integer_operations
-from flopledger_core.units import decimal_text, gpu_hours, kilowatt_hours, scientific
+from flopledger_core.units import decimal_text, scientific
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -128,7 +128,7 @@ def _summary(statement: Statement) -> Iterator[str]:
         ),
     )
     rows = [
-        ("Executed FLOP, its own work", figures.flop(usage.known("flop", usage.work.flop))),
+        ("Executed FLOP", figures.flop(usage.known("flop", usage.work.flop))),
         ("... by tensor pipes", figures.flop(usage.known("flop", usage.work.flop_tensor))),
         ("... by CUDA cores", figures.flop(usage.known("flop", usage.work.flop_cores))),
         ("... with work of unknown owner", figures.flop(statement.flop)),
@@ -138,16 +138,16 @@ def _summary(statement: Statement) -> Iterator[str]:
         ),
         ("Model FLOP, declared", figures.flop(usage.model_flop)),
         (
-            f"Energy, kWh ({ENERGY_BOUNDARY})",
+            energy_label(ENERGY_BOUNDARY),
             figures.energy(usage.known("energy_mj", usage.energy_mj)),
         ),
         *(
-            (f"Energy, kWh ({boundary})", figures.energy(energy))
+            (energy_label(boundary), figures.energy(energy))
             for boundary, energy in usage.energy_by_boundary.items()
             if boundary != ENERGY_BOUNDARY
         ),
         ("GPU-hours", figures.hours(usage.known("gpu_time_ms", usage.gpu_time_ms))),
-        ("CPU-seconds", figures.seconds(usage.known_cpu_time)),
+        ("CPU-seconds (metered nodes)", figures.seconds(usage.known_cpu_time)),
         *(
             (f"Cost, declared, {currency}", figures.quantity_span("cost_cents", cost))
             for currency, cost in usage.cost_cents.items()
@@ -160,7 +160,7 @@ def _summary(statement: Statement) -> Iterator[str]:
             ),
         ),
     ]
-    yield "Before any policy:"
+    yield "Its own work, before any policy:"
     yield ""
     yield from table(("Quantity", "Amount"), rows)
 
@@ -246,8 +246,8 @@ def _declarations(statement: Statement) -> Iterator[str]:
                 f"{_day(found.start_unix_ms)} to {_day(found.end_unix_ms)}",
                 declared_flop(found),
                 found.flop_basis,
-                "-" if found.energy_mj is None else kilowatt_hours(int(found.energy_mj)),
-                "-" if found.gpu_time_ms is None else gpu_hours(int(found.gpu_time_ms)),
+                "-" if found.energy_mj is None else figures.kilowatt_hours(int(found.energy_mj)),
+                "-" if found.gpu_time_ms is None else figures.gpu_hours(int(found.gpu_time_ms)),
                 declared_cost(found),
                 text(found.method),
                 text(found.evidence),
@@ -279,30 +279,7 @@ def declared_cost(found: Declaration) -> str:
 def _unmetered(statement: Statement) -> Iterator[str]:
     yield "## Gaps, disputed records and work of unknown owner"
     yield ""
-    lines = [
-        f"Item {item.number}: {gpu_hours(item.line.sums['gap_time_ms'])} GPU-hours nobody "
-        f"metered; FLOP {figures.flop(item.line.work.flop)}, "
-        f"kWh {figures.energy(item.energy_mj)}."
-        for item in statement.gaps
-    ]
-    lines += [
-        f"Item {item.number}: {item.line.records} disputed records; "
-        f"FLOP {figures.flop(item.line.work.flop)}."
-        for item in statement.disputed
-    ]
-    lines += [
-        f"Item {item.number}: {item.line.records} records of a device that the hardware table "
-        f"lacks (device_not_in_table): {text(lacking_of(item.line))}."
-        for item in statement.items
-        if lacking_of(item.line)
-    ]
-    if statement.shared.records:
-        lines.append(
-            "Work of unknown owner that could belong to this project: "
-            f"FLOP {figures.flop(statement.shared.work.flop)}, "
-            f"GPU-hours {figures.hours(statement.shared.gpu_time_ms)}, "
-            f"CPU-seconds {figures.seconds(statement.shared.known_cpu_time)}."
-        )
+    lines = [text(sentence) for sentence in doubtful(statement)]
     if not lines:
         yield "None."
         yield ""
@@ -319,7 +296,7 @@ def _reconciliation(statement: Statement) -> Iterator[str]:
             (
                 name,
                 figures.hours(usage.known("gpu_time_ms", usage.gpu_time_ms)),
-                gpu_hours(usage.gap_time_ms),
+                figures.gpu_hours(usage.gap_time_ms),
                 figures.energy(usage.known("energy_mj", usage.energy_mj)),
                 figures.flop(usage.known("flop", usage.work.flop)),
                 figures.seconds(usage.known_cpu_time),

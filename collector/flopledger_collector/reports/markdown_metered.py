@@ -6,7 +6,13 @@ from typing import TYPE_CHECKING
 
 from flopledger_collector.reports import figures
 from flopledger_collector.reports.markdown_table import bullets, table, text
-from flopledger_collector.reports.measured import accelerator_of, energy_cell, restatement_rows
+from flopledger_collector.reports.measured import (
+    accelerator_of,
+    energy_cell,
+    methods,
+    restatement_cautions,
+    restatement_rows,
+)
 from flopledger_collector.reports.statement import BOUNDARIES, LineItem, Statement, precision_of
 from flopledger_collector.silence import said
 from flopledger_collector.usage import integer_operations
@@ -26,9 +32,9 @@ def items(statement: Statement) -> Iterator[str]:
         return
     yield from table(
         (
-            "No.", "Activity", "Model", "Run", "Accelerator", "Tier", "Peak basis", "Precision",
-            "Standing", "GPU-hours", "kWh (boundary)", "Tensor FLOP", "CUDA-core FLOP", "FLOP",
-            "Integer operations", "Method",
+            "No.", "Activity", "Model", "Run", "Accelerator", "Tier", "Precision", "Standing",
+            "GPU-hours", "kWh (boundary)", "FLOP", "by tensor pipes", "by CUDA cores",
+            "Integer operations",
         ),
         (_item(item) for item in statement.items),
     )  # fmt: skip
@@ -43,6 +49,9 @@ def items(statement: Statement) -> Iterator[str]:
         f"{figures.hours(usage.gpu_time_ms)} GPU-hours."
     )
     yield ""
+    yield "How each was established:"
+    yield ""
+    yield from bullets(text(sentence) for sentence in methods(statement.items))
 
 
 def _item(item: LineItem) -> tuple[str, ...]:
@@ -54,16 +63,14 @@ def _item(item: LineItem) -> tuple[str, ...]:
         text(line.run),
         text(accelerator_of(line)),
         text(line.tier),
-        text(line.peak_basis),
         text(precision_of(line)),
         text(line.standing) + (", simulated" if line.simulated else ""),
         figures.hours(said(line, "gpu_time_ms", item.gpu_time_ms)),
         energy_cell(item.energies_mj),
+        figures.flop(said(line, "flop", line.work.flop)),
         figures.flop(said(line, "flop", line.work.flop_tensor)),
         figures.flop(said(line, "flop", line.work.flop_cores)),
-        figures.flop(said(line, "flop", line.work.flop)),
         figures.flop(said(line, "integer_operations", integer_operations(line.work))),
-        text(item.method),
     )
 
 
@@ -78,7 +85,7 @@ def hosts(statement: Statement) -> Iterator[str]:
     yield from table(
         (
             "No.", "Activity", "Model", "Run", "Standing", "CPU-seconds",
-            "kWh (boundary; never added)", "FLOP of CPUs",
+            "kWh (boundary; never added)",
         ),
         (
             (
@@ -89,11 +96,12 @@ def hosts(statement: Statement) -> Iterator[str]:
                 text(item.line.standing) + (", simulated" if item.line.simulated else ""),
                 figures.seconds(said(item.line, "cpu_time_ms", item.line.cpu_time_ms)),
                 energy_cell(item.energies_mj),
-                "absent: no counter reads it",
             )
             for item in statement.host_items
         ),
     )  # fmt: skip
+    yield "FLOP of CPUs is absent: no counter reads it."
+    yield ""
     shown = [name for name in statement.usage.energy_by_boundary if name in BOUNDARIES]
     yield from bullets(f"{name}: {BOUNDARIES[name]}" for name in shown)
 
@@ -120,17 +128,7 @@ def restatement(statement: Statement) -> Iterator[str]:
                 for row in restatement_rows(found)
             ),
         )  # fmt: skip
-    lines: list[str] = []
-    if found.unestimated_records:
-        lines.append(
-            f"{found.unestimated_records} metered records carry no first estimate: their agent is "
-            "older, or knew no model of the device."
-        )
-    if found.disputed_records:
-        lines.append(f"{found.disputed_records} disputed records are not compared.")
-    if not found.rows:
-        lines.append("No record carries a first estimate.")
-    yield from bullets(lines)
+    yield from bullets(text(sentence) for sentence in restatement_cautions(found))
 
 
 def cautions(statement: Statement) -> Iterator[str]:

@@ -26,6 +26,7 @@ from flopledger_collector.status import (
     PolicyTotals,
     Reader,
     Rules,
+    budget_reasons,
     policy_totals,
     project_status,
     read_accounts,
@@ -94,6 +95,14 @@ NOTES: Final[tuple[str, ...]] = (
         "Energy is kept by the boundary of its meter. Boundaries contain each other, so they are "
         "never added: the GPU's is its own counter, without node, cooling or building. Where a "
         "counter reads a whole module, the GPU's own part is only limited by it."
+    ),
+    (
+        "CPU-seconds and the energy of nodes are of those nodes whose own meters were read. What "
+        "work used on other nodes beside their GPUs is in no figure."
+    ),
+    (
+        "An energy budget is compared with what each device's own meter read: the GPU's, or the "
+        "whole module's where a counter reads no less. Energy of nodes is not in it."
     ),
     (
         "FLOP of CPUs is absent: no counter reads it (cpu_flop_not_counted). It is in no figure "
@@ -172,8 +181,9 @@ class Statement(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def disputed(self) -> tuple[LineItem, ...]:
-        """The items whose records are disputed."""
-        return tuple(item for item in self.items if item.line.standing == "disputed")
+        """The items whose records are disputed, of nodes too."""
+        every = (*self.items, *self.host_items)
+        return tuple(item for item in every if item.line.standing == "disputed")
 
 
 def build_statement(  # noqa: PLR0913 - everything a statement depends on is named here
@@ -194,7 +204,8 @@ def build_statement(  # noqa: PLR0913 - everything a statement depends on is nam
     policy_ids = tuple(policies)
     info = require_project(reader, project)
     lifetime, accounts = _read(reader, project, period)
-    status = project_status(info, lifetime, reader.budgets(project), rules, policy_ids)
+    budgets = reader.budgets(project)
+    status = project_status(info, lifetime, budgets, rules, policy_ids)
     usage, unattributed = usage_of(accounts.totals.lines), usage_of(accounts.unattributed)
     shared = possible(unattributed)
     works = dict(usage.works)
@@ -228,7 +239,14 @@ def build_statement(  # noqa: PLR0913 - everything a statement depends on is nam
         cautions=_cautions(accounts.totals.lines),
         declarations=_declarations(reader, project, period),
         overlapping=_overlapping(reader.declarations(project), lifetime.totals.lines, period),
-        reasons=reasons_of(accounts.totals.lines, usage, shared),
+        reasons=tuple(
+            dict.fromkeys(
+                (
+                    *reasons_of(accounts.totals.lines, usage, shared),
+                    *budget_reasons(budgets, (*lifetime.totals.lines, *lifetime.unattributed)),
+                )
+            )
+        ),
         provenance=provenance,
     )
 

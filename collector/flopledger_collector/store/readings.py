@@ -105,26 +105,28 @@ class Reading:
             func.min(group.first_unix_ms),
             func.max(group.last_unix_ms),
         )
-        sums = select(
-            *columns,
-            schema.rollup.c.quantity,
-            *_LIMB_SUMS,
-        ).join_from(schema.rollup_group, schema.rollup, schema.rollup.c.group_id == group.group_id)
-        found: dict[tuple[Any, ...], dict[str, int]] = {}
-        width = len(names)
-        for row in self._connection.execute(
-            sums.where(*conditions).group_by(*columns, schema.rollup.c.quantity)
-        ):
-            amounts = found.setdefault(tuple(row[:width]), {})
-            name, unit = carried(row[width])
-            amount = _joined(row[width + 1 :]) * unit
-            amounts[name] = amounts.get(name, 0) + amount
-        return [
-            _rollup_sum(names, row, found.get(tuple(row[:width]), {}))
-            for row in self._connection.execute(
-                groups.where(*conditions).group_by(*columns).order_by(*columns)
-            )
-        ]
+        # Amounts are many times more rows than groups: they are sorted by one number, the place
+        # of their sum among the groups as these are listed, and not by every text column.
+        ranked = select(
+            group.group_id, func.dense_rank().over(order_by=columns).label("place")
+        ).where(*conditions)
+        places = ranked.cte("places")
+        sums = (
+            select(places.c.place, schema.rollup.c.quantity, *_LIMB_SUMS)
+            .join_from(places, schema.rollup, schema.rollup.c.group_id == places.c.group_id)
+            .group_by(places.c.place, schema.rollup.c.quantity)
+        )
+        found: dict[int, dict[str, int]] = {}
+        for place, quantity, *limbs in self._connection.execute(sums):
+            amounts = found.setdefault(place, {})
+            name, unit = carried(quantity)
+            amounts[name] = amounts.get(name, 0) + _joined(limbs) * unit
+        listed = groups.where(*conditions).group_by(*columns).order_by(*columns)
+        answer: list[RollupSum] = []
+        for row in self._connection.execute(listed):
+            place = len(answer) + 1
+            answer.append(_rollup_sum(names, row, found.get(place, {})))
+        return answer
 
     def projects(self) -> list[ProjectRow]:
         """Every project by id."""

@@ -16,8 +16,11 @@ from flopledger_collector.reports import figures
 from flopledger_collector.reports.markdown import declared_cost, declared_flop, period_text
 from flopledger_collector.reports.measured import (
     accelerator_of,
+    doubtful,
     energy_cell,
-    lacking_of,
+    energy_label,
+    methods,
+    restatement_cautions,
     restatement_rows,
 )
 from flopledger_collector.reports.statement import (
@@ -68,8 +71,11 @@ class Pages:
             "precision_of": precision_of,
             "accelerator_of": accelerator_of,
             "energy_cell": energy_cell,
-            "lacking_of": lacking_of,
+            "energy_label": energy_label,
             "restatement_rows": restatement_rows,
+            "restatement_cautions": restatement_cautions,
+            "methods": methods,
+            "doubtful": doubtful,
             "boundaries": BOUNDARIES,
             "flags": FLAGS,
             "said": said,

@@ -8,7 +8,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flopledger_agent.attribution.interface import Claim
-from flopledger_agent.attribution.owners import EnvironmentAttributor, describe_claims
+from flopledger_agent.attribution.owners import (
+    OWNERS_MAX,
+    EnvironmentAttributor,
+    describe_claims,
+)
 from flopledger_agent.attribution.processes import PsutilProcessTable
 from flopledger_agent.attribution.tag_values import EVIDENCE_MAX, FIELDS, VARIABLES, Tags
 from flopledger_agent.attribution.tags import TagRegistry
@@ -209,3 +213,14 @@ def test_real_processes_are_attributed_by_their_environment() -> None:
         claims = people.claims((one.pid, two.pid))
         assert [claim.owner.account for claim in claims] == ["atlas", "unattributed"]
         assert claims[0].owner.run == "r1"
+
+
+def test_a_flood_of_owners_on_one_device_ends_in_nobody() -> None:
+    """Ten thousand processes with a project each: a few owners, the rest nobody's, none lost."""
+    people = [process(pid, {"FLOPLEDGER_PROJECT": f"p{pid}"}) for pid in range(1, 10_001)]
+    claims = attributor(*people).claims(tuple(range(1, 10_001)))
+
+    assert len(claims) == OWNERS_MAX + 1
+    assert sum(claim.weight for claim in claims) == 10_000
+    assert claims[-1].owner.kind == "unattributed"
+    claims[0].attribution(len(claims), 10_000)

@@ -158,6 +158,16 @@ def test_a_page_has_a_largest_size() -> None:
             fetch(server.url, PATIENT_SECONDS, len(text) - 1)
 
 
+def test_a_page_of_more_gpus_than_a_node_has_is_not_read() -> None:
+    """Megabytes of devices would cost seconds of CPU each time: refused before it is parsed."""
+    line = 'DCGM_FI_PROF_PIPE_TENSOR_ACTIVE{{gpu="{0}",UUID="GPU-{0}",Hostname="node"}} 0.5\n'
+    with page_server("# a page\n" + "".join(line.format(n) for n in range(10_001))) as server:
+        asked = scraper(server.url)
+        asked.scrape_once()
+        assert asked._scrape.failure == "dcgm_page_too_large"
+        assert asked._scrape.page is None
+
+
 def test_a_page_without_any_gpu_is_no_exporter() -> None:
     """Another program's metrics are said to be that."""
     with page_server("# TYPE up gauge\nup 1\n") as server:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import msgspec
 
 from flopledger_agent.disk import MemoryDisk
 from flopledger_agent.errors import SpoolFull
-from flopledger_agent.host.room import HostRoom
+from flopledger_agent.host.room import EXTRA_SAMPLES_MAX, HostRoom
 from flopledger_agent.loop import AgentLoop, LoopFacts
 from flopledger_agent.spool import Spool
 from flopledger_core.records import HostRecord, UsageRecord
@@ -216,7 +217,7 @@ def test_windows_that_cannot_be_sealed_widen_and_lose_nothing(
 
 
 def test_a_jobs_edge_may_ask_for_a_sample() -> None:
-    """The next tick takes one, and only one."""
+    """The next tick takes one, later ones at a quarter of the edge's age, for one interval."""
     place = HostNode(MemoryDisk())
     agent = place.agent()
     place.tick(agent, 3)
@@ -224,8 +225,29 @@ def test_a_jobs_edge_may_ask_for_a_sample() -> None:
     assert place.room is not None
     before = place.host.samples
     place.room.ask()
-    place.tick(agent, 3)
-    assert place.host.samples == before + 1
+    taken: list[int] = []
+    for second in range(30):
+        before = place.host.samples
+        place.tick(agent, 1)
+        taken += [second] if place.host.samples > before else []
+    on_time = [second for second in taken if second > 12]
+
+    assert taken[:6] == [0, 1, 2, 3, 4, 5]
+    assert [after - before for before, after in pairwise(on_time)] == [10] * (len(on_time) - 1)
+
+
+def test_a_flood_of_edges_is_rationed() -> None:
+    """Whoever tags at every moment of ten minutes gets a few samples more, not one a tick."""
+    place = HostNode(MemoryDisk())
+    agent = place.agent()
+    place.tick(agent, 1)
+    assert place.host is not None
+    assert place.room is not None
+    for _ in range(600):
+        place.room.ask()
+        place.tick(agent, 1)
+    regular = 600 // 10 + 600 // 60
+    assert regular <= place.host.samples <= 3 * regular + EXTRA_SAMPLES_MAX
 
 
 def test_a_node_without_a_gpu_is_sealed_by_its_host_alone() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -19,6 +20,9 @@ from flopledger_agent.host.metering import (
     observe,
     resume,
 )
+from flopledger_agent.host.windows import OWNERS_MAX
+from flopledger_core.basis import basis
+from flopledger_core.energy import HOST_POWER_LIMIT_WATTS
 from flopledger_core.records import HostRecord, Record
 from flopledger_core.units import MS_PER_SECOND
 from tests.agent.host.trees import RANGE_UJ, host_sample, reading
@@ -334,3 +338,69 @@ def test_windows_are_due_with_their_minute() -> None:
     assert not is_due(state, UNIX_NS + 59 * SECOND_NS, 1)
     assert is_due(state, UNIX_NS + 60 * SECOND_NS, 1)
     assert not is_due(state, UNIX_NS + 60 * SECOND_NS, 10)
+
+
+# --- bounds -----------------------------------------------------------------------------------
+
+
+@given(
+    st.lists(
+        st.tuples(
+            st.integers(1, 10_000),  # milliseconds of the slice
+            st.integers(0, 1000),  # busy per mille of the CPUs
+            st.lists(st.integers(0, 1000), min_size=3, max_size=3),  # of it each job's, in turn
+            st.integers(0, 400_000_000),  # microjoules a second
+        ),
+        min_size=1,
+        max_size=12,
+    ),
+    st.sampled_from([1, 2, 192]),
+)
+def test_every_owners_bounds_reach_from_nothing_to_the_nodes_energy(
+    steps: list[tuple[int, int, list[int], int]], cpu_count: int
+) -> None:
+    """No meter tells owners apart: a job that took all energy, or none, is within its bounds."""
+    at_ns = busy_ns = energy_uj = 0
+    samples = [host_sample(0, 0, energy={"cpu_package": reading(0, None)}, cpu_count=cpu_count)]
+    for span_ms, per_mille, parts, rate in steps:
+        at_ns += span_ms * 1_000_000
+        slice_ns = span_ms * 1_000_000 * cpu_count * per_mille // 1000
+        busy_ns += slice_ns
+        energy_uj += rate * span_ms // 1000
+        owners = [(f"p{n}", slice_ns * part // 3000) for n, part in enumerate(parts)]
+        samples.append(
+            host_sample(at_ns, busy_ns, *owners, cpu_count=cpu_count,
+                        energy={"cpu_package": reading(energy_uj, None)})
+        )  # fmt: skip
+    found = metered(*samples)
+    whole_mj = sum(record.energy_mj["cpu_package"] for record in found)
+
+    assert energy_uj // 1000 == whole_mj
+    assert sum(record.cpu_time_ms or 0 for record in found) == cpu_count * at_ns // 1_000_000
+    for project in ("p0", "p1", "p2"):
+        mine = [record for record in found if record.owner.project == project]
+        sums: dict[str, int] = defaultdict(int)
+        for record in mine:
+            for name, amount in basis(record).items():
+                assert amount >= 0, name
+                sums[name] += amount
+        central = sums["host_energy_mj_cpu_package"]
+        assert len(mine) == 1
+        assert central - sums["host_energy_deficit_mj_cpu_package"] == 0
+        assert central + sums["host_energy_excess_mj_cpu_package"] >= min(
+            whole_mj, HOST_POWER_LIMIT_WATTS["cpu_package"] * mine[0].window_ms
+        )
+
+
+def test_a_flood_of_names_fills_no_window() -> None:
+    """Beyond a few hundred owners in a minute the rest is nobody's; CPU time stays conserved."""
+    samples = [host_sample(0, 0, cpu_count=64)]
+    for number in range(1, 7):
+        names = [(f"n{number}-{name}", SECOND_NS // 1000) for name in range(1000)]
+        samples.append(host_sample(number * SPAN, number * SECOND_NS, *names, cpu_count=64))
+    found = metered(*samples)
+    named = sum(record.cpu_time_ms or 0 for record in found if record.owner.kind == "attributed")
+
+    assert len(found) <= OWNERS_MAX + 2
+    assert sum(record.cpu_time_ms or 0 for record in found) == 64 * 6 * SPAN // 1_000_000
+    assert 0 < named < by_owner(found)["unattributed"]  # type: ignore[operator] # it is not None

@@ -61,11 +61,15 @@ def test_energy_of_a_module_is_never_added_to_a_gpus(ledger: LedgerHandle) -> No
         "module": Bounds(low=both, central=both, high=both),
     }
     assert atlas.usage.energy_mj == atlas.usage.energy_by_boundary["gpu"]
-    assert atlas.budgets[0].verdict == "may_exceed"  # the GPU's part is not known
+    own = gpu + both  # two devices, each by its own meter: neither contains the other
+    assert atlas.usage.device_energy_mj == Bounds(low=own, central=own, high=own)
+    assert atlas.budgets[0].used == atlas.usage.device_energy_mj
+    assert atlas.budgets[0].verdict == "exceeds"  # though the GPU's part alone is not known
+    assert any("counts whole modules" in reason for reason in atlas.reasons)
     assert any("reads the whole module" in reason for reason in atlas.reasons)
     text, _ = _texts(ledger)
-    assert "| Energy, kWh (module) | 0.011 |" in text
-    assert "0.011 (module)" in text
+    assert "| Energy, kWh (module) | 0.0108 |" in text
+    assert "0.0108 (module)" in text
 
 
 def test_a_part_of_a_gpu_has_the_gpus_energy_as_its_limit(ledger: LedgerHandle) -> None:
@@ -111,7 +115,7 @@ def test_a_model_that_the_table_lacks_has_its_architectures_bounds(ledger: Ledge
     assert (wide.work.flop.high or 0) >= (plain.work.flop.high or 0)
     assert any("no hardware table row for NVIDIA H900" in why for why in wide.work.reasons)
     text, document = _texts(ledger)
-    assert "1 records of a device that the hardware table lacks (device_not_in_table)" in text
+    assert "1 record of a device that the hardware table lacks (device\\_not\\_in\\_table)" in text
     assert "NVIDIA H900 (not in the table; any hopper)" in text
     assert document["cautions"] == {"device_not_in_table": 1}
     atlas = evaluate_project(ledger.ledger, RULES, "atlas")

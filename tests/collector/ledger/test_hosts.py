@@ -6,10 +6,13 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from flopledger_collector.reports.markdown import statement_markdown
+from flopledger_collector.reports.statement import build_statement
 from flopledger_collector.status import evaluate_ledger, evaluate_project, load_rules
 from flopledger_collector.usage import CPU_FLOP_ABSENT
 from flopledger_core.bounds import Bounds, total
 from flopledger_core.identity import UNATTRIBUTED_OWNER
+from tests.collector.ledgers import budget
 from tests.collector.opened import folded, opened, outcomes, send
 from tests.collector.sealing import (
     IDLE,
@@ -178,3 +181,27 @@ def test_disputed_usage_of_a_node_is_only_in_high(ledger: LedgerHandle) -> None:
     assert line.host_energy_mj["node"].central == 0
     assert line.host_energy_mj["node"].high
     assert line.first_unix_ms == START_UNIX_MS
+
+
+def test_a_statement_names_disputed_usage_of_nodes(ledger: LedgerHandle) -> None:
+    """By the item's number, with CPU time and not with FLOP that nodes do not have."""
+    outcomes(ledger, StreamSealer().seal([host(0), host(0, owner=IDLE, cpu_time_ms=7)]))
+    folded(ledger)
+    found = build_statement(ledger.ledger, RULES, "atlas", generated_unix_ms=START_UNIX_MS)
+    assert [item.number for item in found.disputed] == [1]
+    text = statement_markdown(found)
+    assert "Item 1: 1 disputed record; CPU-seconds 0" in text
+    assert "Energy, kWh (node; metered nodes)" in text  # of other nodes nothing is said
+
+
+def test_energy_of_nodes_is_in_no_budget(ledger: LedgerHandle) -> None:
+    """A budget of energy counts devices, and says so beside the usage of a node."""
+    outcomes(ledger, StreamSealer().seal(hosts(0)))
+    ledger.entries.post(budget(name="power", quantity="energy_mj", limit="1"))
+    folded(ledger)
+    status = evaluate_project(ledger.ledger, RULES, "atlas")
+    (power,) = status.budgets
+    assert (power.used, power.verdict) == (Bounds(low=0, central=0, high=0), "below")
+    assert any("not that of their nodes" in reason for reason in status.reasons)
+    found = build_statement(ledger.ledger, RULES, "atlas", generated_unix_ms=START_UNIX_MS)
+    assert set(status.reasons) <= set(found.reasons)

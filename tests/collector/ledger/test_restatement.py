@@ -159,3 +159,36 @@ def test_an_estimate_without_an_upper_end_stays_open(tmp_path: Path) -> None:
         (row,) = stated(handle).restatement.rows
     assert row.first_flop == Bounds(low=4, central=10, high=None)
     assert row.difference[2] is None
+
+
+def test_a_version_that_looks_like_a_carried_amount_loses_nothing(tmp_path: Path) -> None:
+    """Versions are an agent's own text: they are in a group's key and in no quantity's name."""
+    forged = first_estimate(5, "1", "table*1e30")
+    sealer = StreamSealer()
+    with opened(tmp_path) as handle:
+        outcomes(handle, sealer.seal([usage(0, estimate=forged)]))
+        folded(handle)  # so that the second is added to the stored first
+        outcomes(handle, sealer.seal([usage(1, estimate=forged)]))
+        (line,) = folded(handle, "atlas").lines
+        handle.rebuild()
+        assert handle.ledger.totals("atlas").lines == (line,)
+    assert line.first_flop == Bounds(low=4, central=10, high=14)
+    assert {name for name in line.sums if name.startswith("first")} == {
+        "first_flop", "first_flop_high", "first_flop_low", "first_flop_records",
+    }  # fmt: skip
+
+
+def test_an_estimate_that_its_own_versions_do_not_give_is_told(tmp_path: Path) -> None:
+    """It stands as sealed, its counters stay clear, and the statement says not to rely on it."""
+    lie = msgspec.structs.replace(
+        first_estimate(5), model_version=FLOP_MODEL_VERSION, table_version=TABLE.version
+    )
+    with opened(tmp_path) as handle:
+        outcomes(handle, StreamSealer().seal([estimated(usage(0)), usage(0, 1, estimate=lie)]))
+        (line,) = folded(handle, "atlas").lines
+        found = stated(handle)
+    assert line.standing == "clear"
+    (row,) = found.restatement.rows
+    assert row.is_contradicted
+    assert row.first_flop.central == line.work.flop.central // 2 + 5
+    assert "see to the agents that sealed them" in statement_markdown(found)

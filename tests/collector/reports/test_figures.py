@@ -46,7 +46,7 @@ def test_bounds_show_what_is_open() -> None:
     assert figures.flop(Bounds(low=5, central=5, high=5)) == "5"
     assert figures.flop(Bounds(low=0, central=10**20, high=None)) == "1e20 [0, open]"
     assert figures.energy(Bounds(low=0, central=3_600_000_000, high=7_200_000_000)) == (
-        "1.000 [0.000, 2.000]"
+        "1.000 [0, 2.000]"
     )
     assert figures.hours(None) == "-"
 
@@ -58,6 +58,30 @@ def test_each_quantity_has_its_unit() -> None:
     assert figures.amount("gpu_time_ms", 3_600_000) == "1.00"
     assert figures.amount("cost_cents", 123_456) == "1234.56"
     assert figures.unit("cost_cents", "USD") == "USD"
+
+
+@pytest.mark.parametrize(
+    ("quantity", "amount", "text"),
+    [
+        ("energy_mj", 0, "0"),
+        ("energy_mj", 1, "2.8e-10"),
+        ("energy_mj", 1_000_000, "0.000278"),
+        ("energy_mj", 36_000_000, "0.01"),
+        ("energy_mj", 3_600_000_000_000, "1000.000"),
+        ("gpu_time_ms", 10_000, "0.00278"),
+        ("gpu_time_ms", 60_000, "0.0167"),
+        ("gpu_time_ms", 5_400_000, "1.50"),
+    ],
+)
+def test_only_nothing_is_written_as_nothing(quantity: str, amount: int, text: str) -> None:
+    """A job of seconds and a budget of a watt-hour keep their digits."""
+    assert figures.amount(quantity, amount) == text
+
+
+def test_cpu_seconds_have_no_decimals_that_read_as_thousands() -> None:
+    """All digits while they are few; whole seconds from a thousand on."""
+    written = [figures.cpu_seconds(time_ms) for time_ms in (0, 480_000, 1_250, 12_345_678)]
+    assert written == ["0", "480", "1.25", "12346"]
 
 
 def test_a_ratio_shows_its_bounds() -> None:
