@@ -23,8 +23,8 @@ BANNED_NAMES: Final = frozenset(
 
 # One of these words in a numeric field's name says what its number counts.
 UNIT_WORDS: Final = frozenset(
-    "ns us ms s seconds minutes hours days hz khz mhz joules mj uj watts mw celsius bytes kib mib gib"
-    " cycles flop operations ratio share shares percent mille milli per ppm cents price weight"
+    "ns us ms s seconds minutes hours days hz khz mhz joules mj uj watts mw celsius bytes kib mib"
+    " gib cycles flop operations ratio share shares percent mille milli per ppm cents price weight"
     " speed count index number id pid uid gid fd port version sequence position generation instance"
     " code seed size depth digits attempts entries records batches samples sharers weights gpus"
     " sms minor nodes streams slices workers row rows line lines architecture".split()

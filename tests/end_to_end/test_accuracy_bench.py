@@ -1,4 +1,4 @@
-"""The accuracy bench on the simulated driver: bounds hold, and the document says what it measures."""
+"""The accuracy bench on the simulated driver: bounds hold; the document says what it measures."""
 
 from __future__ import annotations
 
