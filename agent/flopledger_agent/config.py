@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import tomllib
 from pathlib import Path
@@ -12,7 +13,9 @@ import msgspec
 from msgspec import Meta
 
 from flopledger_agent.attribution.building import site_of
+from flopledger_agent.attribution.kubernetes_section import KubernetesSection
 from flopledger_agent.attribution.mapping import AttributionSection
+from flopledger_agent.attribution.slurm_section import SlurmSection
 from flopledger_agent.clocks import ScaledClockConfig
 from flopledger_agent.errors import ConfigError
 from flopledger_core.errors import InvalidInput
@@ -35,7 +38,8 @@ class CollectorSection(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
 class NodeSection(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """`[node]`: how this node is called in the ledger."""
 
-    name: Annotated[str, Meta(min_length=1, max_length=255)] = ""  # empty: the host name
+    # Empty: NODE_NAME of the environment, else the host name.
+    name: Annotated[str, Meta(min_length=1, max_length=255)] = ""
     cluster: Annotated[str, Meta(min_length=1, max_length=255)] | None = None
 
 
@@ -130,6 +134,8 @@ class AgentConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     web: WebSection = WebSection()
     tags: TagsSection = TagsSection()
     attribution: AttributionSection = AttributionSection()
+    slurm: SlurmSection | None = None  # absent: nothing of Slurm is looked for
+    kubernetes: KubernetesSection | None = None  # absent: neither kubelet nor a server is asked
     sampling: SamplingSection = SamplingSection()
     spool: SpoolSection = SpoolSection()
     gpus: GpusSection = GpusSection()
@@ -162,7 +168,9 @@ def parse_config(text: str, source: str) -> AgentConfig:
     except InvalidInput as error:
         raise ConfigError(f"{source}: {error}") from error
     if not config.node.name:
-        node = msgspec.structs.replace(config.node, name=socket.gethostname())
+        node = msgspec.structs.replace(
+            config.node, name=os.environ.get("NODE_NAME") or socket.gethostname()
+        )
         config = msgspec.structs.replace(config, node=node)
     return config
 

@@ -21,9 +21,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from flopledger_agent import clocks, exposition, spool, stream
-from flopledger_agent.attribution.building import make_attributor
 from flopledger_agent.attribution.exits import ExitWatch
 from flopledger_agent.attribution.processes import CombinedProcessTable, PsutilProcessTable
+from flopledger_agent.attribution.schedulers import SchedulerFindings, Schedulers
 from flopledger_agent.attribution.tags import TagRegistry, TagServer
 from flopledger_agent.config import listen_address
 from flopledger_agent.control import Control
@@ -31,6 +31,7 @@ from flopledger_agent.delivery import HttpCollector
 from flopledger_agent.disk import DIRECTORY_MODE, DirectoryDisk, unusable
 from flopledger_agent.errors import AgentError, StateError
 from flopledger_agent.gpus import ladder
+from flopledger_agent.gpus.observed import ObservedSource
 from flopledger_agent.gpus.supervisor import SupervisedSource
 from flopledger_agent.gpus.worker_messages import SimulatedNode
 from flopledger_agent.gpus.worker_process import PipeWorker
@@ -81,6 +82,7 @@ class Daemon:
         self._config = config
         self._stop = stop  # set from outside: a signal came
         self._clock = make_clock(config)
+        self._schedulers = make_schedulers(config, self._clock, self._job_begins)
         self._lock = lock_state(Path(config.state.directory))  # before anything in it is touched
         try:
             self._node_lock = None if config.simulated else hold_node(_say_lock_trouble)
@@ -124,6 +126,7 @@ class Daemon:
         self._ticks = 0
         self._tick_seconds = 0.0
         self._last_tick_at = time.monotonic()
+        self._findings = SchedulerFindings()
         self._said: str | None = None
         self._said_no_gpu = False
         try:
@@ -145,21 +148,20 @@ class Daemon:
                 default_precision=config.gpus.default_precision,
             ),
             clock=self._clock,
-            source=ladder.over(
-                self._gpus,
-                config.gpus.dcgm,
-                self._clock,
-                self._table,
-                config.node.name,
+            source=ObservedSource(
+                ladder.over(
+                    self._gpus, config.gpus.dcgm, self._clock, self._table, config.node.name
+                ),
+                self._schedulers.observe,
             ),
             table=self._table,
-            attributor=make_attributor(config.attribution, processes, self._registry),
+            attributor=self._schedulers.attributor(config.attribution, processes, self._registry),
             disk=self._disk,
             spool=self._spool,
             key=load_or_create_key(self._disk),
             random_bytes=secrets.token_bytes,
             synchronised=clock_is_synchronised,
-            host=make_host(config, self._clock, processes, self._registry),
+            host=make_host(config, self._clock, processes, self._registry, self._schedulers),
             ended=self._exits.ended,
         )
 
@@ -171,6 +173,7 @@ class Daemon:
             shipping=self._shipping_counts,
             ticks=lambda: (self._ticks, self._tick_seconds),
             workers=lambda: self._gpus.counts,
+            allocations=lambda: self._findings,
             table=self._table,
             version=__version__,
             simulated=self._config.simulated,
@@ -185,7 +188,7 @@ class Daemon:
             ) from error
 
     def _job_begins(self) -> None:
-        """A tag was registered: GPUs and the node itself are read at once. From any thread."""
+        """A tag was registered, or jobs hold other devices: all is read at once. Any thread."""
         self._loop.job_edge()
         self._bell.ring(begins=True)
 
@@ -195,6 +198,7 @@ class Daemon:
         The exit status: 0, or 1 when something open could not be sealed and waits in the memory.
         """
         self._tag_server.start()
+        self._schedulers.start()
         page = threading.Thread(target=self._server.serve_forever, name="page", daemon=True)
         page.start()
         self._shipping.start()
@@ -222,6 +226,7 @@ class Daemon:
                     extra={"action": "cannot_seal"},
                 )
         for what, step in (
+            ("let go of the schedulers", self._schedulers.close),
             ("let the driver go", self._gpus.close),  # nothing, unless stopping the loop failed
             ("deliver once more", self._shipping.finish),
             ("close the page", self._server.shutdown),
@@ -269,6 +274,7 @@ class Daemon:
             self._ticks += 1
             self._tick_seconds += time.perf_counter() - began
             self._last_tick_at = time.monotonic()
+            self._findings = self._schedulers.findings()
             self._say_sealing_trouble()
             self._say_no_gpu()
             if self._node_lock is not None:
@@ -333,8 +339,26 @@ def make_clock(config: AgentConfig) -> clocks.Clock:
     return clocks.SystemClock() if config.clock is None else clocks.ScaledClock(config.clock)
 
 
+def make_schedulers(
+    config: AgentConfig, clock: clocks.Clock, changed: Callable[[], None]
+) -> Schedulers:
+    """The configured schedulers; `changed` is called when jobs hold other devices."""
+    return Schedulers(
+        config.slurm,
+        config.kubernetes,
+        clock,
+        changed,
+        environ=os.environ,
+        monotonic_seconds=time.monotonic,
+    )
+
+
 def make_host(
-    config: AgentConfig, clock: clocks.Clock, processes: ProcessTable, registry: TagRegistry
+    config: AgentConfig,
+    clock: clocks.Clock,
+    processes: ProcessTable,
+    registry: TagRegistry,
+    schedulers: Schedulers,
 ) -> HostRoom | None:
     """The host's meter and its rhythm; None when it is switched off.
 
@@ -345,7 +369,7 @@ def make_host(
     meter = host_meter(
         config.host,
         clock=clock,
-        attributor=make_attributor(config.attribution, processes, registry),
+        attributor=schedulers.attributor(config.attribution, processes, registry),
         registry=registry,
         monotonic_seconds=time.monotonic,
     )

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
     from prometheus_client.core import Metric
 
+    from flopledger_agent.attribution.schedulers import SchedulerFindings
     from flopledger_agent.gpus.supervisor import WorkerCounts
     from flopledger_agent.host.counters import HostCounts
     from flopledger_agent.loop import View
@@ -76,6 +77,7 @@ class AgentExposition:
         shipping: Callable[[], ShippingCounts],
         ticks: Callable[[], tuple[int, float]],
         workers: Callable[[], WorkerCounts],
+        allocations: Callable[[], SchedulerFindings],
         table: AcceleratorTable,
         version: str,
         simulated: bool,
@@ -86,6 +88,7 @@ class AgentExposition:
         self._shipping = shipping
         self._ticks = ticks
         self._workers = workers
+        self._allocations = allocations
         self._table = table
         self._version = version
         self._simulated = simulated
@@ -324,6 +327,7 @@ class AgentExposition:
             failures.add_metric([reason], number)
         yield failures
         yield from _worker_families(self._workers())
+        yield from _allocation_families(self._allocations())
         number, seconds = self._ticks()
         yield SummaryMetricFamily(
             "flopledger_agent_tick_duration_seconds",
@@ -401,6 +405,25 @@ def _worker_families(workers: WorkerCounts) -> Iterator[Metric]:
     for reason, number in {"died": 0, "hung": 0, **workers.restarts}.items():
         restarts.add_metric([reason], number)
     yield restarts
+
+
+def _allocation_families(findings: SchedulerFindings) -> Iterator[Metric]:
+    """What `check` would say of the schedulers, counted."""
+    for name, text, told in (
+        (
+            "flopledger_agent_allocation_troubles",
+            "What keeps schedulers from being heard now; flopledger-agent check names each.",
+            findings.troubles,
+        ),
+        (
+            "flopledger_agent_allocation_ghosts",
+            "Allocations left behind, which hold nothing; flopledger-agent check names each.",
+            findings.ghosts,
+        ),
+    ):
+        gauge = GaugeMetricFamily(name, text)
+        gauge.add_metric([], len(told))
+        yield gauge
 
 
 def _add_sums(

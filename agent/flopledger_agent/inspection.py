@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Final
 import msgspec
 
 from flopledger_agent import control, daemon
-from flopledger_agent.attribution.building import make_attributor
 from flopledger_agent.attribution.owners import describe_claims
 from flopledger_agent.attribution.tags import TagRegistry
 from flopledger_agent.delivery import HttpCollector
@@ -26,6 +25,7 @@ from flopledger_agent.errors import CollectorUnreachable, StateError
 from flopledger_agent.gpus import ladder
 from flopledger_agent.gpus import report as gpu_report
 from flopledger_agent.gpus.interface import NodeSample
+from flopledger_agent.gpus.observed import ObservedSource
 from flopledger_agent.host import report as host_report
 from flopledger_agent.host.building import host_meter
 from flopledger_agent.host.node import clock_is_synchronised
@@ -40,6 +40,7 @@ from flopledger_core.units import MS_PER_SECOND, NS_PER_MS
 
 if TYPE_CHECKING:
     from flopledger_agent.attribution.interface import ProcessTable
+    from flopledger_agent.attribution.schedulers import Schedulers
     from flopledger_agent.clocks import Clock
     from flopledger_agent.config import AgentConfig
     from flopledger_agent.gpus.simulated import SimulatedDriver
@@ -114,11 +115,13 @@ def _inspected(config: AgentConfig, clock: Clock, driver: SimulatedDriver | None
     table = load_table()
     state = _state(Path(config.tags.socket))
     processes = daemon.process_table(driver)
+    schedulers = daemon.make_schedulers(config, clock, _nobody_waits)
+    schedulers.start()
     if state is not None and state.paused:  # somebody needs the driver for himself
         sample = _untouched(clock)
     else:
-        sample = _gpus(config, clock, driver, table)
-    attributor = make_attributor(config.attribution, processes, TagRegistry(processes))
+        sample = _gpus(config, clock, driver, table, schedulers)
+    attributor = schedulers.attributor(config.attribution, processes, TagRegistry(processes))
     owners = tuple(
         DeviceOwners(
             uuid=item.device.key,
@@ -126,13 +129,15 @@ def _inspected(config: AgentConfig, clock: Clock, driver: SimulatedDriver | None
         )
         for item in sample.samples
     )
-    host = _host(config, clock, processes)
+    host = _host(config, clock, processes, schedulers)
+    findings = schedulers.findings()
+    schedulers.close()
     return Inspection(
         node=config.node.name,
         gpus=gpu_report.describe(sample, table),
         host=host,
         owners=owners,
-        schedulers=attributor.troubles(),
+        schedulers=(*findings.troubles, *findings.ghosts),
         clock_synchronised=clock_is_synchronised(),
         collector=_collector(config),
         tag_socket=_tag_socket(Path(config.tags.socket)),
@@ -146,6 +151,10 @@ def _inspected(config: AgentConfig, clock: Clock, driver: SimulatedDriver | None
     )
 
 
+def _nobody_waits() -> None:
+    """Whom a changed allocation tells: nobody here."""
+
+
 def _untouched(clock: Clock) -> NodeSample:
     """What `check` says of the GPUs while metering is paused: nothing, and why."""
     return NodeSample(
@@ -155,15 +164,22 @@ def _untouched(clock: Clock) -> NodeSample:
 
 
 def _gpus(
-    config: AgentConfig, clock: Clock, driver: SimulatedDriver | None, table: AcceleratorTable
+    config: AgentConfig,
+    clock: Clock,
+    driver: SimulatedDriver | None,
+    table: AcceleratorTable,
+    schedulers: Schedulers,
 ) -> NodeSample:
     """Enough samples of the GPUs for the last one to tell everything."""
-    source = ladder.over(
-        daemon.gpu_source(config, clock, driver),
-        config.gpus.dcgm,
-        clock,
-        table,
-        config.node.name,
+    source = ObservedSource(
+        ladder.over(
+            daemon.gpu_source(config, clock, driver),
+            config.gpus.dcgm,
+            clock,
+            table,
+            config.node.name,
+        ),
+        schedulers.observe,
     )
     pause = threading.Event()
     sample = source.sample()
@@ -180,7 +196,7 @@ def _gpus(
 
 
 def _host(
-    config: AgentConfig, clock: Clock, processes: ProcessTable
+    config: AgentConfig, clock: Clock, processes: ProcessTable, schedulers: Schedulers
 ) -> host_report.HostReport | None:
     """The node itself; a management controller is waited for, within its own deadline."""
     if config.simulated or not config.host.enabled:
@@ -189,7 +205,7 @@ def _host(
     meter = host_meter(
         config.host,
         clock=clock,
-        attributor=make_attributor(config.attribution, processes, registry),
+        attributor=schedulers.attributor(config.attribution, processes, registry),
         registry=registry,
         monotonic_seconds=time.monotonic,
     )

@@ -61,10 +61,12 @@ def without_a_face(piece: Slice) -> Slice:
     Who worked is not known, and forgetting is not rewarded: `idle` counts for nobody, work that is
     `unattributed` may be anybody's.
     """
+    if not _is_idle(piece.claims):
+        return piece
     elapsed = piece.micro_cycles.get("elapsed", 0)
     most = max((piece.micro_cycles[name] for name in piece.micro_cycles if name != "elapsed"),
                default=0)  # fmt: skip
-    if not _is_idle(piece.claims) or most * 1000 <= elapsed * ACTIVE_PER_MILLE:
+    if most * 1000 <= elapsed * ACTIVE_PER_MILLE:
         return piece
     return msgspec.structs.replace(piece, claims=(UNSEEN_CLAIM,))
 

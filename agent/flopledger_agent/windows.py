@@ -1,4 +1,4 @@
-"""Measurement windows: slices of one shape add up, and close into records, one per owner. Pure.
+"""Measurement windows: slices that are alike add up, and close into records, one per owner. Pure.
 
 A window is an interval between two samples of one device in which the owners, the tier and what
 could be read did not change. Time is conserved: over the owners `gpu_time_ms` sums exactly to the
@@ -120,25 +120,28 @@ class Slice(msgspec.Struct, frozen=True, kw_only=True):
         span_ns = self.end_boot_ns - self.start_boot_ns
         return _part(self.device, (self.power_start_mw + self.power_end_mw) * span_ns)
 
-    @property
-    def shape(self) -> tuple[object, ...]:
-        """Slices with one shape may share a window."""
+    def is_like(self, other: Slice) -> bool:
+        """Slices that are alike may share a window: they could read and say the same."""
         return (
-            self.device,
-            self.tier,
-            self.derived,
-            tuple(sorted(self.micro_cycles)),
-            self.energy_mj is None,
-            self.energy_scope,
-            self.power_twice_mw_ns is None,
-            self.sm_clock_khz is None,
-            tuple(sorted(self.absent.items())),
-            self.flags,
+            self.flags == other.flags
+            and self.tier == other.tier
+            and self.derived == other.derived
+            and self.energy_scope == other.energy_scope
+            and (self.energy_mj is None) == (other.energy_mj is None)
+            and (self.sm_clock_khz is None) == (other.sm_clock_khz is None)
+            and self._has_power == other._has_power
+            and self.micro_cycles.keys() == other.micro_cycles.keys()
+            and self.absent == other.absent
+            and self.device == other.device
         )
+
+    @property
+    def _has_power(self) -> bool:
+        return self.power_start_mw is not None and self.power_end_mw is not None
 
 
 class Window(msgspec.Struct, frozen=True, kw_only=True):
-    """An open measurement window: the sum of slices of one shape."""
+    """An open measurement window: the sum of slices that are alike."""
 
     first: Slice
     last: Slice
@@ -184,7 +187,7 @@ def shares(total: int, weights: Sequence[int]) -> list[int]:
 def fits(window: Window, piece: Slice) -> bool:
     """True when the slice may join the window; one that was dark or stepped stands alone."""
     return (
-        window.first.shape == piece.shape
+        window.first.is_like(piece)
         and same_owners(window.first.claims, piece.claims)
         and "recovered" not in piece.flags
         and "clock_stepped" not in piece.flags
@@ -449,7 +452,7 @@ def _dark_gap(
 
 def ordered(claims: Sequence[Claim]) -> list[Claim]:
     """The claims in the order in which remainders are dealt out; one and the same for a window."""
-    return sorted(claims, key=_claim_order)
+    return sorted(claims, key=_claim_order) if len(claims) > 1 else list(claims)
 
 
 def _claim_order(claim: Claim) -> tuple[str, ...]:

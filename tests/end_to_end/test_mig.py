@@ -307,7 +307,7 @@ def test_the_page_has_one_series_for_each_part() -> None:
         nothing: Any = None
         page = AgentExposition(
             view=nothing, host=nothing, counts=lambda: counts, shipping=nothing, ticks=nothing,
-            workers=nothing, table=TABLE, version="test", simulated=True,
+            workers=nothing, allocations=nothing, table=TABLE, version="test", simulated=True,
         )  # fmt: skip
         families = [*page._device_families(counts), page._flop_family(counts)]
     seconds: dict[str, float] = {}

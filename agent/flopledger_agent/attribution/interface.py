@@ -112,7 +112,7 @@ def with_default_precision(
 
 def same_owners(left: tuple[Claim, ...], right: tuple[Claim, ...]) -> bool:
     """True when two sets of claims lead to the same records, so that no window must be split."""
-    return _keyed(left) == _keyed(right)
+    return left == right or _keyed(left) == _keyed(right)
 
 
 def _keyed(claims: tuple[Claim, ...]) -> Mapping[tuple[object, ...], int]:

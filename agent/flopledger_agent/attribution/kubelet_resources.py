@@ -152,12 +152,18 @@ class KubeletPoller:
     """kubelet's list, asked again and again; implements `Kubelet`."""
 
     def __init__(
-        self, section: KubernetesSection, clock: Clock, *, chance: random.Random | None = None
+        self,
+        section: KubernetesSection,
+        clock: Clock,
+        *,
+        chance: random.Random | None = None,
+        changed: Callable[[], None] | None = None,
     ) -> None:
         self._section = section
         self._clock = clock
         self._chance = chance or random.Random()  # noqa: S311 (spreads questions, keeps no secret)
         self._client = KubeletClient(section.kubelet_socket)
+        self._changed = changed  # told when the list differs; must return at once
         self._view = KubeletView()
         self._failures = 0
         self._stop = threading.Event()
@@ -192,6 +198,8 @@ class KubeletPoller:
         self._view = KubeletView(
             pods=pods, as_of_boot_ns=self._clock.boottime_ns(), sequence=last.sequence + 1
         )
+        if self._changed is not None and pods != last.pods:
+            self._changed()
 
     def wait_seconds(self) -> float:
         """How long to wait before the next question, by this clock."""

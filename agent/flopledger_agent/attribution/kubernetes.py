@@ -132,6 +132,16 @@ class KubernetesSource:
             return pod.uid
         return None if self._unidentified else uid
 
+    def has_answered(self) -> bool:
+        """Whether everybody who is asked has answered, or failed, at least once."""
+        kubelet = self._kubelet.latest()
+        told = [kubelet.as_of_boot_ns is not None or kubelet.failure is not None]
+        for watch in (self._pods, self._slices):
+            if watch is not None:
+                view = watch.latest()
+                told.append(view.synced or view.failure is not None)
+        return all(told)
+
     def close(self) -> None:
         """Ask nothing more; requests under way are cut and not waited for."""
         self._kubelet.close()
@@ -231,13 +241,15 @@ def open_kubernetes(
     environ: Mapping[str, str],
     clock: Clock,
     directory: Callable[[], DeviceDirectory],
+    changed: Callable[[], None] | None = None,
 ) -> KubernetesSource:
     """The source that the configuration describes; threads start with the first question.
 
-    `environ` is the agent's own environment, `directory` tells the devices of now. Errors:
+    `environ` is the agent's own environment, `directory` tells the devices of now, `changed` is
+    called from a thread when kubelet's grants are others than before. Errors:
     InvalidInput when the node's name, or the API server's address, is not told by anybody.
     """
-    kubelet = KubeletPoller(section, clock)
+    kubelet = KubeletPoller(section, clock, changed=changed)
     if not section.api:
         return KubernetesSource(section, clock, directory, KubernetesReaders(kubelet=kubelet))
     node_name = require_node_name(section, environ.get("NODE_NAME"))

@@ -46,6 +46,7 @@ DEFAULT_FOLDER: Final = Path("/run/flopledger-agent/slurm")
 DEFAULT_GRES_CONF: Final = Path("/etc/slurm/gres.conf")
 INTERVAL_SECONDS: Final = 0.5  # listing a small folder takes microseconds
 UNFILED_NS: Final = 5 * NS_PER_SECOND  # so long a job may be seen without its file, at its edges
+UNFILED_STEP_NS: Final = NS_PER_SECOND  # counted at most between two looks, which are 0.5 s apart
 TROUBLES_MAX: Final = 32
 CGROUP_BYTES_MAX: Final = 65536
 SUSPENDED: Final = "suspended"
@@ -77,7 +78,8 @@ class SlurmReader:
         self._signs = signs
         self._paths = paths
         self._watch = watch
-        self._unfiled: dict[int, int] = {}  # jobs without a file, and since when
+        self._unfiled: dict[int, int] = {}  # jobs without a file, and for how long (ns)
+        self._watched_ns = 0
         self._slurm_conf: str | None = None  # as a prolog named it last
         self._gres: dict[tuple[str, str | None], tuple[tuple[int, int], GresOrder]] = {}
 
@@ -153,6 +155,19 @@ class SlurmReader:
 
     # --- where no job file speaks -------------------------------------------------------------
 
+    def _watch_unfiled(self, without: set[int]) -> None:
+        """How long each job was seen without its file: time between two far looks tells little.
+
+        A requeued job ends and begins again under one id, so only time that was watched counts.
+        """
+        now_ns = self._clock.boottime_ns()
+        passed_ns = min(now_ns - self._watched_ns, UNFILED_STEP_NS)
+        self._watched_ns = now_ns
+        self._unfiled = {
+            job_id: self._unfiled[job_id] + passed_ns if job_id in self._unfiled else 0
+            for job_id in without
+        }
+
     def _without_file(
         self,
         folder: FolderView,
@@ -163,13 +178,12 @@ class SlurmReader:
     ) -> list[Allocation]:
         """Jobs with a slurmstepd and no job file: what their environment says they were given."""
         with_file = {file.job.job_id for file in folder.files}
-        without = signs.keys() - with_file
-        now_ns = self._clock.boottime_ns()
-        self._unfiled = {job_id: self._unfiled.get(job_id, now_ns) for job_id in without}
+        without = set(signs) - with_file
+        self._watch_unfiled(without)
         found: list[Allocation] = []
         for job_id in sorted(without):
             # Its file may have come or gone since the folder was read, and slurmstepd may linger.
-            if folder.present and now_ns - self._unfiled[job_id] < UNFILED_NS:
+            if folder.present and self._unfiled[job_id] < UNFILED_NS:
                 continue
             seen = signs[job_id]
             job = None if seen.environ is None else job_from_environment(seen.environ)
@@ -265,6 +279,7 @@ class SlurmSource:
         self._directory = DeviceDirectory()
         self._processes: DeviceProcesses = ()
         self._view = AllocationView()
+        self._looked_at: DeviceDirectory | None = None
         self._wake = threading.Event()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._work, name="slurm", daemon=True)
@@ -282,6 +297,10 @@ class SlurmSource:
         """What is known now, from memory; never blocks and never raises."""
         return self._view
 
+    def has_looked_at(self, directory: DeviceDirectory) -> bool:
+        """Whether the last look knew these very devices."""
+        return self._looked_at is directory
+
     def look_now(self) -> None:
         """Look at once instead of at the end of the interval."""
         self._wake.set()
@@ -295,14 +314,15 @@ class SlurmSource:
 
     def _work(self) -> None:
         while not self._stop.is_set():
-            before = self._view
+            before, directory = self._view, self._directory
             try:
-                self._view = self._reader.look(self._directory, self._processes)
+                self._view = self._reader.look(directory, self._processes)
             except Exception as error:  # noqa: BLE001 - a defect here must not end attribution
                 text = (
                     f"looking at Slurm's jobs failed ({type(error).__name__}: {error}); report it"
                 )
                 self._view = msgspec.structs.replace(before, troubles=(text,))
+            self._looked_at = directory
             if self._changed is not None and before.allocations != self._view.allocations:
                 self._changed()
             self._wake.wait(timeout=self._interval_seconds)

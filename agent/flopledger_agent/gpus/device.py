@@ -217,6 +217,8 @@ class DeviceReader:
         opened.known = self._table.resolve(name, pci, capability)
         max_clock_khz = self._fact(opened, "", nvml.max_sm_clock_khz)
         opened.limits = limits_of(opened.row, max_clock_khz)
+        for read in (nvml.index, nvml.minor, nvml.pci_bus_id):
+            self._fact(opened, "", read)
         sm_count = self._sm_count(opened)
         if sm_count is not None:
             if self._sm_count_known not in (None, sm_count) and self._delivered_counted:
@@ -357,6 +359,7 @@ class DeviceReader:
             energy_scope=opened.energy_scope,
             uncertain_cycles=0 if reading is None else reading.uncertain_cycles,
             process_utilization=self._use_by_process(opened, processes),
+            names=opened.names,
         )
         if opened.parts is None:
             return (whole,)

@@ -15,6 +15,15 @@ import msgspec
 from flopledger_core.records import Cycles, Device, EnergyScope, Tier
 
 
+class DeviceNames(msgspec.Struct, frozen=True, kw_only=True):
+    """What schedulers call a GPU or a part of it; None where the driver does not tell."""
+
+    index: int | None = None  # NVML's ordinal of the GPU when it was opened
+    minor: int | None = None  # of /dev/nvidia<minor>, the GPU's
+    pci_bus_id: str | None = None  # the GPU's, as in 00000000:65:00.0
+    mig_uuids: tuple[str, ...] = ()  # MIG-... of the compute instances in this GPU instance
+
+
 class GpuSample(msgspec.Struct, frozen=True, kw_only=True):
     """One reading of one device at one instant.
 
@@ -46,6 +55,7 @@ class GpuSample(msgspec.Struct, frozen=True, kw_only=True):
     # Percent of the SMs by pid since the sample before; who used nothing is not in it. None: the
     # driver tells none (under MIG never).
     process_utilization: dict[int, int] | None = None
+    names: DeviceNames | None = None  # None: the source does not ask for them
 
 
 class DeviceFailure(msgspec.Struct, frozen=True, kw_only=True):

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
     from fractions import Fraction
 
-    from flopledger_agent.gpus.interface import GpuSample
+    from flopledger_agent.gpus.interface import DeviceNames, GpuSample
     from flopledger_agent.gpus.nvml import Handle, Nvml
     from flopledger_core.accelerators import Accelerator
     from flopledger_core.records import Device, Tier
@@ -74,6 +74,8 @@ class PartitionReader:
         self._parts: dict[str, _Part] = {}
         self._why_whole: str | None = None  # why the GPU is metered as one device
         self._unclear = 0
+        self._listed: list[MigDevice] = []  # whose UUIDs are known
+        self._uuids: dict[int, tuple[str, ...]] = {}  # of MIG devices, by GPU instance
 
     def free(self) -> None:
         """Give back what the driver allocated."""
@@ -178,7 +180,22 @@ class PartitionReader:
                 raise
             found.append(device)
             handles.setdefault(device.gpu_instance, []).append(handle)
+        if found != self._listed:
+            self._ask_uuids(found, handles)
         return layout(whole, found, profiles), handles
+
+    def _ask_uuids(self, found: list[MigDevice], handles: Mapping[int, list[Handle]]) -> None:
+        """Take over the UUIDs of the MIG devices; those that are refused are asked again."""
+        self._listed, self._uuids = found, {}
+        for gpu_instance, own in handles.items():
+            uuids: list[str] = []
+            for handle in own:
+                try:
+                    uuids.append(self._nvml.uuid(handle))
+                except DriverError as error:
+                    _field_reason(error)
+                    self._listed = []
+            self._uuids[gpu_instance] = tuple(uuids)
 
     def _ask_profiles(self) -> Profiles | None:
         """What the driver tells, for good; else what is known of the model, until it does."""
@@ -254,7 +271,14 @@ class PartitionReader:
             processes=processes,
             absent=absent,
             uncertain_cycles=0 if reading is None else reading.uncertain_cycles,
+            names=self._names(device, whole),
         )
+
+    def _names(self, device: Device, whole: GpuSample) -> DeviceNames | None:
+        if whole.names is None or device.gpu_instance is None:
+            return whole.names
+        uuids = self._uuids.get(device.gpu_instance, ())
+        return msgspec.structs.replace(whole.names, mig_uuids=uuids)
 
     def _reading(
         self, part: _Part, boot_ns: int, clock_khz: int | None, absent: dict[str, str]

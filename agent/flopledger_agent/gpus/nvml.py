@@ -157,6 +157,22 @@ class Nvml:
         return f"{combined >> PCI_DEVICE_SHIFT:04X}"
 
     @_translated
+    def pci_bus_id(self, handle: Handle) -> str:
+        """Such as 00000000:65:00.0."""
+        told = pynvml.nvmlDeviceGetPciInfo_v3(handle).busId
+        return told.decode("ascii", "replace") if isinstance(told, bytes) else str(told)
+
+    @_translated
+    def minor(self, handle: Handle) -> int:
+        """Of the device file, /dev/nvidia<minor>."""
+        return int(pynvml.nvmlDeviceGetMinorNumber(handle))
+
+    @_translated
+    def index(self, handle: Handle) -> int:
+        """The position in the driver's list, which may change between boots."""
+        return int(pynvml.nvmlDeviceGetIndex(handle))
+
+    @_translated
     def compute_capability(self, handle: Handle) -> str:
         """Such as 9.0."""
         major, minor = pynvml.nvmlDeviceGetCudaComputeCapability(handle)

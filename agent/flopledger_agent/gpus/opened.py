@@ -5,6 +5,9 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING
 
+import msgspec
+
+from flopledger_agent.gpus.interface import DeviceNames
 from flopledger_agent.gpus.limits import UNKNOWN_LIMITS, Limits
 
 if TYPE_CHECKING:
@@ -37,6 +40,12 @@ class Opened:
     def row(self) -> Accelerator | None:
         """What the table says of the device, be it only its architecture."""
         return None if self.known is None else self.known.accelerator
+
+    @property
+    def names(self) -> DeviceNames:
+        """What schedulers call the GPU, as far as it was told when it was opened."""
+        told = {name: self.facts.get(name) for name in ("index", "minor", "pci_bus_id")}
+        return msgspec.convert(told, DeviceNames)
 
     @property
     def energy_scope(self) -> EnergyScope:
