@@ -69,6 +69,8 @@ def undocumented_commands(program: str, main: click.Command, text: str) -> Itera
             yield f"`{path}` is not in docs/reference/"
         if not (command.help or "").strip():
             yield f"`{path}` has no help text"
+        if "\\" in (command.help or ""):
+            yield f"`{path} --help` shows a backslash: click's mark \\b must not be in a raw string"
         for parameter in command.params:
             if isinstance(parameter, click.Option) and not parameter.hidden:
                 names = [n for n in parameter.opts if n.startswith("--")] or parameter.opts
@@ -94,6 +96,17 @@ def test_an_undocumented_option_is_found() -> None:
     assert list(undocumented_commands("prog", main, "prog --depth-max")) == [
         "`prog --depth` is not in docs/reference/"
     ]
+
+
+def test_a_mark_of_click_that_would_be_printed_is_found() -> None:
+    """A raw docstring keeps the escape as two characters, and people would read them."""
+
+    @click.command(help=r"Example: \b x")
+    def main() -> None:
+        """Do nothing."""
+
+    (found,) = undocumented_commands("prog", main, "prog")
+    assert "backslash" in found
 
 
 # --- configuration -------------------------------------------------------------------------------

@@ -57,28 +57,28 @@ def _config_option(function: Callable[..., Any]) -> Callable[..., Any]:
 @click.group(cls=_Program, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="flopledger-agent")
 def main() -> None:
-    r"""Meter the FLOP and energy of this node's GPUs, job by job.
+    """Meter the FLOP and energy of this node's GPUs, job by job.
 
     \b
     Start here:
       flopledger-agent check                        what can I see on this node?
       flopledger-agent run --config agent.toml      meter and ship
       flopledger-agent tag --project atlas -- python train.py
-    """
+    """  # noqa: D301 (click takes the escape itself as a mark)
 
 
 @main.command()
 @_config_option
 @click.option("--check-config", is_flag=True, help="Only check the configuration, then exit.")
 def run(config: Path | None, *, check_config: bool) -> None:
-    r"""Run the daemon until SIGTERM or Ctrl-C.
+    """Run the daemon until SIGTERM or Ctrl-C.
 
     Every open measurement window is sealed before it ends; exits 1 when that was not possible and
     they wait for the next start. Example:
 
     \b
       flopledger-agent run --config /etc/flopledger/agent.toml
-    """
+    """  # noqa: D301 (click takes the escape itself as a mark)
     stop = _stop_on_signals()  # first: a signal while the driver loads is a clean end, too
     settings = _settings(config)
     if check_config:
@@ -132,7 +132,7 @@ def tag(
     socket: Path | None,
     command: tuple[str, ...],
 ) -> None:
-    r"""Run COMMAND as work of a project; its exit status is COMMAND's.
+    """Run COMMAND as work of a project; its exit status is COMMAND's.
 
     Needs no privilege: the command registers itself with the agent on this node through a local
     socket, and carries the same tags in its environment. Tags that are in the environment already
@@ -141,7 +141,7 @@ def tag(
 
     \b
       flopledger-agent tag --project atlas --activity pretrain --precision bf16 -- python train.py
-    """
+    """  # noqa: D301 (click takes the escape itself as a mark)
     from flopledger_agent.attribution.tag_client import (  # noqa: PLC0415 (starts fast without it)
         CommandNotStarted,
         run_tagged,
@@ -175,7 +175,7 @@ def tag(
 @click.option("--socket", type=click.Path(path_type=Path), help="The agent's local socket.")
 @click.argument("duration")
 def pause(config: Path | None, *, socket: Path | None, duration: str) -> None:
-    r"""Stop metering for DURATION (30s, 10m, 2h; at most 8h), so that a profiler has the counters.
+    """Stop metering for DURATION (30s, 10m, 2h; at most 8h), so that a profiler has the counters.
 
     Only root and the agent's own user may. The time becomes gaps with the reason `paused` in the
     ledger, bounded by what the GPUs could have done. A pause survives a restart of the agent;
@@ -183,7 +183,7 @@ def pause(config: Path | None, *, socket: Path | None, duration: str) -> None:
 
     \b
       flopledger-agent pause 10m
-    """
+    """  # noqa: D301 (click takes the escape itself as a mark)
     from flopledger_agent import control  # noqa: PLC0415
     from flopledger_agent.pauses import parse_duration  # noqa: PLC0415
 
