@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final
 
 import msgspec
-from flopledger_core.basis import basis
 
 from flopledger_agent.attribution.interface import Claim
 from flopledger_agent.metering import close_windows, empty_state, observe, records_of
 from flopledger_core.accelerators import load_table
+from flopledger_core.basis import basis
 from flopledger_core.flop import Work, total_work, work
 from flopledger_core.identity import IDLE_OWNER, Owner
 from flopledger_core.records import AgentRecord, GapRecord, Precision, UsageRecord

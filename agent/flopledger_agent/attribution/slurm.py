@@ -80,6 +80,7 @@ class SlurmReader:
         self._watch = watch
         self._unfiled: dict[int, int] = {}  # jobs without a file, and for how long (ns)
         self._watched_ns = 0
+        self._filed: set[int] = set()  # jobs that had a file while they were seen
         self._slurm_conf: str | None = None  # as a prolog named it last
         self._gres: dict[tuple[str, str | None], tuple[tuple[int, int], GresOrder]] = {}
 
@@ -178,7 +179,9 @@ class SlurmReader:
     ) -> list[Allocation]:
         """Jobs with a slurmstepd and no job file: what their environment says they were given."""
         with_file = {file.job.job_id for file in folder.files}
-        without = set(signs) - with_file
+        # A job whose file the epilog took away is over, though its slurmstepd may linger for long.
+        self._filed = (self._filed | with_file) & set(signs)
+        without = set(signs) - with_file - self._filed
         self._watch_unfiled(without)
         found: list[Allocation] = []
         for job_id in sorted(without):
