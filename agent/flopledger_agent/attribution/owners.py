@@ -52,7 +52,7 @@ class EnvironmentAttributor:
         """The owners of a device on which `processes` run, whichever device; never empty."""
         del reading
         if processes is None:
-            return (_unattributed("the processes on the device could not be listed", None),)
+            return (unattributed_claim("the processes on the device could not be listed", None),)
         if not processes:
             return (IDLE_CLAIM,)
         merged: dict[tuple[object, ...], list[Claim]] = {}
@@ -63,7 +63,9 @@ class EnvironmentAttributor:
         if len(found) <= OWNERS_MAX:
             return found
         rest = found[OWNERS_MAX:]
-        nobody = _unattributed(f"{len(rest)} owners more than {OWNERS_MAX} on one device", None)
+        nobody = unattributed_claim(
+            f"{len(rest)} owners more than {OWNERS_MAX} on one device", None
+        )
         weight = sum(claim.weight for claim in rest)
         return (*found[:OWNERS_MAX], msgspec.structs.replace(nobody, weight=weight))
 
@@ -77,7 +79,7 @@ class EnvironmentAttributor:
             ended = self._judged.pop(pid, None)
             if ended is not None:
                 return ended[2]  # it held the device and ended between the listing and this look
-            return _unattributed(f"process {pid} has ended or is hidden from the agent", None)
+            return unattributed_claim(f"process {pid} has ended or is hidden from the agent", None)
         version = self._registry.version
         known = self._judged.get(pid)
         if known is not None and known[0] is process and known[1] == version:
@@ -101,7 +103,7 @@ class EnvironmentAttributor:
             return _claim("environment", judge(tags, job), reason, process.user)
         if process.environ is None:
             reason = f"environment not readable: {process.reason or 'unknown reason'}"
-            return _unattributed(f"process {process.pid}: {reason}", process.user)
+            return unattributed_claim(f"process {process.pid}: {reason}", process.user)
         return _untagged(process, job)
 
 
@@ -142,7 +144,8 @@ def _claim(source: str, verdict: Verdict, reason: str, user: str | None) -> Clai
     )
 
 
-def _unattributed(reason: str, user: str | None) -> Claim:
+def unattributed_claim(reason: str, user: str | None) -> Claim:
+    """Work that is nobody's, with the reason why it is."""
     return Claim(
         owner=UNATTRIBUTED_OWNER,
         weight=1,
@@ -157,7 +160,7 @@ def _unattributed(reason: str, user: str | None) -> Claim:
 
 def _untagged(process: Process, job: str | None) -> Claim:
     """Nobody's work, with the scheduler's job id where there is one, so that it can be claimed."""
-    claim = _unattributed(
+    claim = unattributed_claim(
         f"no FLOPLEDGER_PROJECT in the environment of process {process.pid}", process.user
     )
     if job is None:

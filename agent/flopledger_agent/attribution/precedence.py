@@ -17,7 +17,7 @@ import msgspec
 from flopledger_agent.attribution.allocations import Allocation, SchedulerName
 from flopledger_agent.attribution.interface import Claim
 from flopledger_agent.attribution.mapping import RuleBook
-from flopledger_agent.attribution.owners import IDLE_CLAIM
+from flopledger_agent.attribution.owners import IDLE_CLAIM, unattributed_claim
 from flopledger_agent.attribution.splitting import Part, split
 from flopledger_agent.attribution.statements import (
     NOTHING,
@@ -190,7 +190,7 @@ def free_claims(
 ) -> tuple[Claim, ...]:
     """The owners of a device that no scheduler speaks of: its processes tell."""
     if occupants is None:
-        return (_nobody("the processes on the device could not be listed", None),)
+        return (unattributed_claim("the processes on the device could not be listed", None),)
     workers = [item for item in occupants if not (item.membership and item.membership.is_service)]
     workers = workers or list(occupants)
     if not workers:
@@ -368,7 +368,9 @@ def _outsider(occupant: Occupant, holders: Sequence[Holder]) -> Claim:
     )
     project = occupant.claim.owner.project
     says = "" if project is None else f"; it says project {project}"
-    claim = _nobody(f"{_outside((occupant,))}; {holders[0].words} holds it{says}", occupant.user)
+    claim = unattributed_claim(
+        f"{_outside((occupant,))}; {holders[0].words} holds it{says}", occupant.user
+    )
     return msgspec.structs.replace(
         claim,
         owner=msgspec.structs.replace(
@@ -392,19 +394,6 @@ def _noted(claim: Claim, note: str, flags: tuple[str, ...]) -> Claim:
         claim,
         evidence=evidence(f"{note}; {claim.evidence}"),
         flags=tuple(sorted({*claim.flags, *flags})),
-    )
-
-
-def _nobody(reason: str, user: str | None) -> Claim:
-    return Claim(
-        owner=UNATTRIBUTED_OWNER,
-        weight=1,
-        source="none",
-        evidence=evidence(reason),
-        precision=None,
-        precision_origin="unknown",
-        user=user,
-        flags=(),
     )
 
 
